@@ -1,0 +1,72 @@
+#!/bin/sh
+# Makes the environment and installs Fireflyer into it: `install.sh core` what running needs, `install.sh dev` what
+# `make test` and `make proof` need too. Called by the Makefile, with PYTHON, VENV and TORCH set.
+# An installed torch is never replaced: which build fits a machine (CPU, CUDA, ROCm) is its owner's choice.
+set -eu
+
+what=${1:-core}
+python=${PYTHON:-python3}
+venv=${VENV:-.venv}
+torch=${TORCH:-torch}
+
+say() { printf 'fireflyer: %s\n' "$*" >&2; }
+stop() { say "$*"; exit 1; }
+
+command -v "$python" >/dev/null 2>&1 ||
+    stop "no '$python' here: install Python 3.10 or newer, or name one with PYTHON=/path/to/python3"
+
+need_venv_module() {
+    # Debian and its children split ensurepip off into pythonX.Y-venv; without it `-m venv` leaves a broken folder.
+    "$python" -c 'import ensurepip, venv' 2>/dev/null && return
+    package=$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
+    command -v apt-get >/dev/null 2>&1 ||
+        stop "this Python has no venv module (ensurepip is missing): install it with your system's package manager"
+    if [ "$(id -u)" -ne 0 ]; then
+        say "this Python cannot make environments: $package is missing. Type this line, then make again:"
+        printf '\n    sudo apt-get install %s\n\n' "$package" >&2
+        exit 1
+    fi
+    say "installing $package (this Python cannot make environments without it)"
+    log=$(mktemp)
+    if ! { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$package"; } \
+        >"$log" 2>&1; then
+        cat "$log" >&2
+        rm -f "$log"
+        stop "could not install $package; mend what apt-get says above, then make again"
+    fi
+    rm -f "$log"
+}
+
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        stop "$("$python" --version) is too old: Python 3.10 or newer is needed; name one with PYTHON=/path/to/python3"
+    if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
+        stop "VENV=$venv exists and is no Python environment with pip: name another folder"
+    fi
+    need_venv_module
+    say "making $venv with $("$python" --version)"
+    "$python" -m venv --clear "$venv"
+fi
+
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+torch_version() {
+    "$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null
+}
+
+if ! torch_version >/dev/null; then
+    say "installing $torch (once; some minutes)"
+    pip install --quiet "$torch"
+fi
+
+constraint=$(mktemp)
+trap 'rm -f "$constraint"' EXIT
+echo "torch==$(torch_version)" >"$constraint"
+say "installing Fireflyer ($what) beside torch $(torch_version)"
+case $what in
+core) pip install --quiet --constraint "$constraint" --editable . ;;
+dev) pip install --quiet --constraint "$constraint" --editable '.[dev]' ;;
+*) stop "install.sh knows 'core' and 'dev', not '$what'" ;;
+esac
+
+touch "$venv/.fireflyer-core"
+[ "$what" = core ] || touch "$venv/.fireflyer-dev"

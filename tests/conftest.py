@@ -1,0 +1,13 @@
+"""Settings for every test: one thread a process (workers share the cores), no network, and no deadlines of hypothesis."""
+
+import os
+
+# Before torch or transformers is imported, here or in a command that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from hypothesis import settings
+
+# Examples are the same in every run; a busy machine is no failure.
+settings.register_profile("fireflyer", deadline=None, derandomize=True)
+settings.load_profile("fireflyer")
