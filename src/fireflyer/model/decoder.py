@@ -1,0 +1,206 @@
+"""The decoder: token ids or embeddings in, hidden states, logits of every depth and routing out.
+
+`trunk` stops at the hidden states, so that training can take its loss in chunks and the market can put its own heads on;
+`forward` goes on to logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fireflyer.config import ModelConfig
+from fireflyer.model.attention import AttentionInputs, Form, causal_mask
+from fireflyer.model.block import Block
+from fireflyer.model.cache import LatentCache
+from fireflyer.model.experts import Gate, Routing
+from fireflyer.model.mtp import MTPModule
+from fireflyer.model.norm import RMSNorm
+from fireflyer.model.rope import rope_amplitude, rope_cos_sin, rope_frequencies
+
+ABSORBED_UP_TO = 8
+"""With a cache, calls of at most this many tokens run absorbed: beyond, expanding the latents once is cheaper."""
+
+
+@dataclass(frozen=True)
+class TrunkOutput:
+    """hidden_BTD after the last norm; per MTP depth k the (B, T-k, D) after its own norm; routing, main layers first."""
+
+    hidden_BTD: Tensor
+    mtp_hidden: list[Tensor]
+    routing: list[Routing]
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """logits (B, T, vocab); mtp_logits[k-1] (B, T-k, vocab), whose position i predicts token i+k+1."""
+
+    logits: Tensor
+    mtp_logits: list[Tensor]
+
+
+class DecoderStack(nn.Module):
+    """Embedding, layers, last norm and the MTP modules: what the published names put under `model.`"""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mtp = nn.ModuleList(MTPModule(config, depth) for depth in range(config.num_nextn_predict_layers))
+
+
+class Decoder(nn.Module):
+    """DeepSeek-V3 (and V2, V2-Lite, R1, Moonlight, Kimi-K2) by its configuration. Weights start unset: `init_weights_`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = DecoderStack(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: LatentCache | None = None,
+        form: Form | None = None,
+        num_mtp: int | None = None,
+    ) -> DecoderOutput:
+        """Logits of the main head and of each MTP depth; the arguments are `trunk`'s."""
+        out = self.trunk(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            positions=positions,
+            document_ids=document_ids,
+            cache=cache,
+            form=form,
+            num_mtp=num_mtp,
+        )
+        return DecoderOutput(self.head(out.hidden_BTD), [self.head(hidden) for hidden in out.mtp_hidden])
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., D) to (..., vocab); the one head that all depths share."""
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(vocab, D); the embedding's own where the configuration ties them."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def trunk(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: LatentCache | None = None,
+        form: Form | None = None,
+        num_mtp: int | None = None,
+        recompute: bool = False,
+    ) -> TrunkOutput:
+        """Hidden states before the head.
+
+        Args:
+            input_ids: (B, T) int64; or give `inputs_embeds`, (B, T, D).
+            positions: (B, T) int64; default 0.. T-1, or with a cache from its lengths on.
+            document_ids: (B, T) int64; tokens see only their own document. Not with a cache.
+            cache: read and extended in place; the caller advances its lengths.
+            form: default absorbed for calls of up to 8 tokens with a cache, else expanded.
+            num_mtp: MTP depths to run; default all, with a cache none.
+            recompute: keep only each layer's input and run the layer again in the backward.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        embeds_BTD = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        tokens = embeds_BTD.shape[1]
+        if positions is None:
+            start = 0 if cache is None else cache.lengths[:, None]
+            positions = (torch.arange(tokens, device=embeds_BTD.device) + start).expand(embeds_BTD.shape[0], tokens)
+        if form is None:
+            form = "absorbed" if cache is not None and tokens <= ABSORBED_UP_TO else "expanded"
+        frequencies = rope_frequencies(self.config, embeds_BTD.device)
+        cos_sin = rope_cos_sin(frequencies, positions, rope_amplitude(self.config.rope_scaling))
+        inputs = _attention_inputs(cos_sin, positions, document_ids, cache, form)
+
+        routing: list[Routing] = []
+        hidden_BTD = embeds_BTD
+        for layer in self.model.layers:
+            hidden_BTD = _run(layer, recompute, routing, hidden_BTD, inputs)
+        hidden_BTD = self.model.norm(hidden_BTD)
+
+        if num_mtp is None:
+            num_mtp = len(self.model.mtp) if cache is None else 0
+        mtp_hidden: list[Tensor] = []
+        previous = hidden_BTD
+        for depth, module in enumerate(self.model.mtp[:num_mtp], start=1):
+            if depth >= tokens:
+                break
+            shifted = _attention_inputs(
+                (cos_sin[0][:, depth:], cos_sin[1][:, depth:]),
+                positions[:, depth:],
+                None if document_ids is None else document_ids[:, :-depth],
+                cache,
+                form,
+            )
+            previous = _run(module, recompute, routing, previous[:, : tokens - depth], embeds_BTD[:, depth:], shifted)
+            mtp_hidden.append(previous)
+        return TrunkOutput(hidden_BTD, mtp_hidden, routing)
+
+    def gates(self) -> list[tuple[int, Gate]]:
+        """(layer index, gate) of every MoE layer, in the order of `TrunkOutput.routing`."""
+        blocks = [*self.model.layers, *(module.block for module in self.model.mtp)]
+        return [(block.layer_index, block.mlp.gate) for block in blocks if self.config.is_moe(block.layer_index)]
+
+    def gate_biases(self) -> list[tuple[int, Tensor]]:
+        """(layer index, (E,) fp32 bias) of every MoE layer that is balanced by bias."""
+        return [(i, g.e_score_correction_bias) for i, g in self.gates() if g.e_score_correction_bias is not None]
+
+
+def _run(module: nn.Module, recompute: bool, routing: list[Routing], *args: Tensor | AttentionInputs) -> Tensor:
+    """Call a layer; its routing is a return value, so that recomputation in the backward never counts it twice."""
+    hidden, decided = checkpoint(module, *args, use_reentrant=False) if recompute else module(*args)
+    if decided is not None:
+        routing.append(decided)
+    return hidden
+
+
+def _attention_inputs(
+    cos_sin: tuple[Tensor, Tensor],
+    positions_BT: Tensor,
+    document_ids_BT: Tensor | None,
+    cache: LatentCache | None,
+    form: Form,
+) -> AttentionInputs:
+    mask_BTS, num_slots = None, positions_BT.shape[1]
+    if cache is not None:
+        if document_ids_BT is not None:
+            raise ValueError("document_ids can't be combined with a cache: a cached sequence is one document")
+        num_slots = int(positions_BT.max()) + 1
+        slots_S = torch.arange(num_slots, device=positions_BT.device)
+        mask_BTS = slots_S <= positions_BT[..., None]
+    elif document_ids_BT is not None:
+        same_BTS = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
+        mask_BTS = same_BTS & causal_mask(positions_BT.shape[1], positions_BT.device)
+    return AttentionInputs(*cos_sin, positions_BT, mask_BTS, cache, num_slots, form)
+
+
+@torch.no_grad()
+def init_weights_(model: Decoder, generator: torch.Generator) -> None:
+    """Normal with `initializer_range` for every matrix (V3 trains with 0.006), ones for norms, zeros for gate biases."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, model.config.initializer_range, generator=generator)
+    for _, bias in model.gate_biases():
+        bias.zero_()

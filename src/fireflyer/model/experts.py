@@ -1,0 +1,159 @@
+"""DeepSeekMoE (report 2.1.2): routed experts chosen by the gate, beside shared experts that see every token.
+
+Tokens are sorted by expert, so that every expert's work is one matrix product over neighbouring rows, and come back by
+gathering. Both moves are gathers in the backward too: scattering with accumulation is slow on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fireflyer.config import ModelConfig
+from fireflyer.model.norm import SwiGLU, swiglu
+from fireflyer.model.routing import expert_counts, gate_logits, route
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one MoE layer decided; the balance loss, the bias update and every report read it."""
+
+    layer_index: int
+    scores_NE: Tensor
+    """(N, E) fp32 unbiased affinities, with gradient; rows in (batch, token) order."""
+    indices_NK: Tensor
+    """(N, K) int64 chosen experts."""
+    shape_BT: tuple[int, int]
+
+
+class _Dispatch(torch.autograd.Function):
+    """Rows of tokens, (N, D), repeated into expert order, (M, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, token_of_M: Tensor, place_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(place_NK)
+        return x_ND[token_of_M]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad_MD,) = grads
+        (place_NK,) = ctx.saved_tensors
+        grad_ND = grad_MD[place_NK[:, 0]]
+        for k in range(1, place_NK.shape[1]):
+            grad_ND += grad_MD[place_NK[:, k]]
+        return grad_ND, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Each token's weighted sum of its experts' outputs: (M, D) in expert order to (N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, y_MD: Tensor, weights_NK: Tensor, token_of_M: Tensor, place_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(y_MD, weights_NK, token_of_M, place_NK)
+        gathered_NKD = y_MD[place_NK]
+        return torch.bmm(weights_NK[:, None], gathered_NKD)[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (grad_ND,) = grads
+        y_MD, weights_NK, token_of_M, place_NK = ctx.saved_tensors
+        weight_M = torch.empty(y_MD.shape[0], dtype=weights_NK.dtype, device=weights_NK.device)
+        weight_M[place_NK.flatten()] = weights_NK.flatten()
+        spread_MD = grad_ND[token_of_M]
+        grad_weights_NK = (spread_MD * y_MD).sum(-1)[place_NK]
+        return spread_MD * weight_M[:, None], grad_weights_NK, None, None
+
+
+def grouped_linear(x_MD: Tensor, weight_EOD: Tensor, ends_E: Tensor) -> Tensor:
+    """x · Wᵀ where rows up to `ends_E[e]` (int32, cumulative) belong to expert e: (M, D) by (E, O, D) gives (M, O)."""
+    if _has_grouped_mm(x_MD, weight_EOD):
+        return F.grouped_mm(x_MD, weight_EOD.transpose(1, 2), offs=ends_E)
+    parts, start = [], 0
+    for expert, end in enumerate(ends_E.tolist()):
+        if end > start:
+            parts.append(F.linear(x_MD[start:end], weight_EOD[expert]))
+        start = end
+    return torch.cat(parts) if parts else x_MD.new_empty(0, weight_EOD.shape[1])
+
+
+def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
+    """Whether one call serves all experts: every row must be a multiple of 16 bytes, and a GPU does bf16 alone."""
+    aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
+    return aligned and x.shape[0] >= weight.shape[0] and (x.device.type == "cpu" or x.dtype == torch.bfloat16)
+
+
+class Experts(nn.Module):
+    """The routed experts of one layer, stacked."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        num, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(num, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(num, hidden, width))
+
+    def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        num_experts = self.gate_up_proj.shape[0]
+        order_M = indices_NK.flatten().argsort(stable=True)
+        place_NK = torch.empty_like(order_M)
+        place_NK[order_M] = torch.arange(order_M.numel(), device=order_M.device)
+        place_NK = place_NK.view(indices_NK.shape)
+        token_of_M = order_M // indices_NK.shape[1]
+        ends_E = expert_counts(indices_NK, num_experts).cumsum(0).to(torch.int32)
+        x_MD = _Dispatch.apply(x_ND, token_of_M, place_NK)
+        y_MD = grouped_linear(swiglu(grouped_linear(x_MD, self.gate_up_proj, ends_E)), self.down_proj, ends_E)
+        return _Combine.apply(y_MD, weights_NK.to(y_MD.dtype), token_of_M, place_NK)
+
+
+class Gate(nn.Module):
+    """The router's weight, and for V3 the bias that balances the experts: fp32 whatever the model is cast to."""
+
+    e_score_correction_bias: Tensor | None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        has_bias = config.topk_method == "noaux_tc"
+        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if has_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.e_score_correction_bias is not None:
+            moved = self.e_score_correction_bias
+            # Through bf16 and back other experts would win: take the exact values, only the device from the move.
+            self.e_score_correction_bias = (
+                moved.to(torch.float32) if bias.is_meta else bias.to(device=moved.device, dtype=torch.float32)
+            )
+        return self
+
+
+class MoE(nn.Module):
+    """The feed-forward of a sparse layer: Σ gate · expert(x) over the chosen, plus the shared experts, ungated."""
+
+    def __init__(self, config: ModelConfig, layer_index: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_index = layer_index
+        self.gate = Gate(config)
+        self.experts = Experts(config)
+        self.shared_experts = (
+            SwiGLU(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
+            if config.n_shared_experts
+            else None
+        )
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+        shape_BT = (x_BTD.shape[0], x_BTD.shape[1])
+        x_ND = x_BTD.flatten(0, 1)
+        logits_NE = gate_logits(x_ND, self.gate.weight)
+        indices_NK, weights_NK, scores_NE = route(logits_NE, self.gate.e_score_correction_bias, self.config)
+        y_BTD = self.experts(x_ND, indices_NK, weights_NK).view_as(x_BTD)
+        if self.shared_experts is not None:
+            y_BTD = y_BTD + self.shared_experts(x_BTD)
+        return y_BTD, Routing(self.layer_index, scores_NE, indices_NK, shape_BT)

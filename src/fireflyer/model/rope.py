@@ -1,0 +1,88 @@
+"""Rotary positions: positions in, cosines and sines and rotated tensors out; YaRN and its softmax scale (report 4.3).
+
+YaRN corrects two separate things, and the usual bugs do one of them or both twice:
+the softmax scale is multiplied by m² with m from `mscale_all_dim`; the amplitude of cos and sin is the quotient of the
+factors for `mscale` and `mscale_all_dim`, which is 1 in every released DeepSeek model.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fireflyer.config import ModelConfig, RopeScaling
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """0.1 · mscale · ln(factor) + 1, the temperature √t of the reports; 1 where nothing is extended."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """What the attention logits are multiplied by: (P + R)^-½ · m². V3: 192^-½ · 1.3688879² = 0.1352338."""
+    scale = config.qk_head_dim**-0.5
+    scaling = config.rope_scaling
+    if scaling is None or not scaling.mscale_all_dim:
+        return scale
+    return scale * yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+
+
+def rope_amplitude(scaling: RopeScaling | None) -> float:
+    """What cos and sin are multiplied by; 1 wherever mscale equals mscale_all_dim."""
+    if scaling is None:
+        return 1.0
+    if scaling.mscale and scaling.mscale_all_dim:
+        return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+    return yarn_mscale(scaling.factor, 1.0)
+
+
+def yarn_correction_range(scaling: RopeScaling, dim: int, theta: float) -> tuple[int, int]:
+    """The pairs between which YaRN blends: (first, last), as whole numbers. V3: (10, 23) of 32 pairs."""
+
+    def pair_of(rotations: float) -> float:
+        turns = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return dim * math.log(turns) / (2 * math.log(theta))
+
+    first = math.floor(pair_of(scaling.beta_fast))
+    last = math.ceil(pair_of(scaling.beta_slow))
+    return max(first, 0), min(last, dim - 1)
+
+
+def rope_frequencies(config: ModelConfig, device: torch.device | str | None = None) -> Tensor:
+    """Radians per position of each rotated pair: (R/2,) fp32.
+
+    In single precision on purpose, as the published code computes them: the released weights were trained so, and at
+    position 160,000 the rounding of a frequency is a visible angle.
+    """
+    dim = config.qk_rope_head_dim
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    first, last = yarn_correction_range(scaling, dim, config.rope_theta)
+    width = last - first if last != first else 0.001
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device=device) - first) / width).clamp(0, 1)
+    return frequencies / scaling.factor * ramp + frequencies * (1 - ramp)
+
+
+def rope_cos_sin(frequencies: Tensor, positions_BT: Tensor, amplitude: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (B, T, R/2) fp32."""
+    angles = positions_BT[..., None].float() * frequencies
+    return angles.cos() * amplitude, angles.sin() * amplitude
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate interleaved pairs (x0, x1), (x2, x3), …, the layout of every released DeepSeek checkpoint.
+
+    Args:
+        x: (..., R).
+        cos, sin: broadcastable to (..., R/2).
+
+    Returns:
+        The same shape and dtype as `x`; the arithmetic is fp32.
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)

@@ -1,0 +1,110 @@
+"""Which experts a token goes to (report 2.1.2): gate logits in, expert indices and weights out; the balance around it.
+
+V3: sigmoid scores; a bias steers the choice only; a group counts by the sum of its two best biased scores; weights come
+from the unbiased scores, renormalised, scaled once. V2: softmax scores; a group counts by its best score.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fireflyer.config import ModelConfig
+
+
+def stable_top_k(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k largest along the last axis, largest first; among equals the lowest index wins.
+
+    `torch.topk` promises nothing about equals, and two machines would route differently.
+    """
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def route(logits_NE: Tensor, gate_bias_E: Tensor | None, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose experts.
+
+    Args:
+        logits_NE: (N, E) fp32, the gate's output.
+        gate_bias_E: (E,) fp32, or None where the model has none (V2).
+        config: its routing fields are read.
+
+    Returns:
+        indices_NK: (N, K) int64, best first.
+        weights_NK: (N, K) fp32, what each chosen expert's output is multiplied by.
+        scores_NE: (N, E) fp32, the unbiased affinities.
+    """
+    scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(-1)
+    with torch.no_grad():
+        choice_NE = scores_NE if gate_bias_E is None else scores_NE + gate_bias_E
+        if config.n_group > 1 and config.topk_method != "greedy":
+            choice_NE = _close_groups(choice_NE, config)
+        indices_NK = stable_top_k(choice_NE, config.num_experts_per_tok)
+    weights_NK = scores_NE.gather(1, indices_NK)
+    if config.norm_topk_prob:
+        weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
+    return indices_NK, weights_NK * config.routed_scaling_factor, scores_NE
+
+
+def _close_groups(choice_NE: Tensor, config: ModelConfig) -> Tensor:
+    """-inf (never 0: biased scores can be negative) for the experts of all but the best `topk_group` groups."""
+    choice_NGX = choice_NE.unflatten(-1, (config.n_group, -1))
+    if config.topk_method == "noaux_tc":
+        group_scores_NG = choice_NGX.topk(2, dim=-1).values.sum(-1)
+    else:
+        group_scores_NG = choice_NGX.amax(-1)
+    open_groups = stable_top_k(group_scores_NG, config.topk_group)
+    closed_NG = torch.ones_like(group_scores_NG, dtype=torch.bool).scatter_(1, open_groups, False)
+    return choice_NGX.masked_fill(closed_NG[..., None], float("-inf")).flatten(1)
+
+
+def sequence_balance_loss(scores_NE: Tensor, shape_BT: tuple[int, int], num_experts_per_tok: int) -> Tensor:
+    """The complementary sequence-wise balance loss without its α (report eq. 17-20), averaged over the sequences.
+
+    f counts how often an expert is among the top K of the *unbiased* scores, scaled by E/(K·T); P is the mean over the
+    sequence of the scores normalised over all experts. Gradients flow through P alone.
+
+    Args:
+        scores_NE: (B·T, E) fp32 affinities, rows in (batch, token) order.
+        shape_BT: (B, T).
+
+    Returns:
+        Scalar; 1 at perfect balance.
+    """
+    scores_BTE = scores_NE.unflatten(0, shape_BT)
+    num_experts = scores_NE.shape[1]
+    with torch.no_grad():
+        top_BTK = stable_top_k(scores_BTE, num_experts_per_tok)
+        counts_BE = torch.zeros(shape_BT[0], num_experts, device=scores_NE.device)
+        counts_BE.scatter_add_(1, top_BTK.flatten(1), torch.ones_like(top_BTK, dtype=counts_BE.dtype).flatten(1))
+        share_BE = counts_BE * (num_experts / (num_experts_per_tok * shape_BT[1]))
+    probability_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
+    return (share_BE * probability_BE).sum(-1).mean()
+
+
+def expert_counts(indices_NK: Tensor, num_experts: int) -> Tensor:
+    """How many tokens chose each expert: (E,) int64."""
+    return torch.bincount(indices_NK.flatten(), minlength=num_experts)
+
+
+def update_gate_bias_(bias_E: Tensor, counts_E: Tensor, speed: float) -> None:
+    """Auxiliary-loss-free balancing (report 2.1.2): +γ for experts under the mean load of the batch, -γ for those over.
+
+    Args:
+        bias_E: (E,) fp32, changed in place.
+        counts_E: (E,) tokens that chose each expert in the whole global batch of one optimizer step.
+        speed: γ.
+    """
+    load_E = counts_E.to(bias_E.dtype)
+    bias_E.add_(torch.sign(load_E.mean() - load_E), alpha=speed)
+
+
+def max_violation(counts_E: Tensor) -> float:
+    """MaxVio: the busiest expert's load over the mean load, minus 1; 0 is perfect balance (arXiv 2408.15664)."""
+    load_E = counts_E.double()
+    return float(load_E.max() / load_E.mean() - 1)
+
+
+def gate_logits(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+    """(N, E) in fp32 whatever the model's dtype: a gate in bf16 routes other tokens."""
+    return F.linear(x_ND.float(), weight_ED.float())
