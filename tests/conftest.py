@@ -1,4 +1,4 @@
-"""Settings for every test: one thread a process (workers share the cores), no network, and no deadlines of hypothesis."""
+"""Settings for every test: one thread a process (workers share the cores), no network, no deadlines of hypothesis."""
 
 import os
 
