@@ -1,0 +1,347 @@
+"""Recipes: found, layered, checked, written down and compared.
+
+In: a preset's name, a TOML file, a model's config.json or a checkpoint; `--set key=value` and the other options on top.
+Out: one resolved `Recipe`; its TOML text (read back equal); the differences that make a rerun another run. No torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from fireflyer.config import ModelConfig, load_config
+from fireflyer.config.files import PRESETS, find_config, read_toml
+from fireflyer.config.messages import nearest, shown
+from fireflyer.errors import UserError
+from fireflyer.train.settings import Recipe, SettingError, Table
+from fireflyer.train.toml import to_toml_text
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_RECIPE = "ember"
+DEFAULT_VOCAB_SIZE = 4096
+"""Size of the tokenizer trained on the data where neither the recipe nor a tokenizer file gives one."""
+
+LENGTHS = ("steps", "tokens", "epochs")
+MAY_CHANGE = frozenset({*LENGTHS, "checkpoint_every", "keep_checkpoints", "eval_every", "log_every"})
+"""Keys that a rerun of the same folder may change."""
+
+CHOICES = {"device": "auto", "dtype": "auto", "threads": 0}
+"""Keys whose given value means "choose"; the run stores what was chosen, and a rerun takes that."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Settings from one place; `labels` says for single keys how the user spelt them, `label` for the rest."""
+
+    values: dict[str, Any]
+    label: str
+    labels: dict[str, str]
+
+
+def load_recipe(
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    sources: Sequence[str] | None = None,
+    tokenizer: str | None = None,
+    init_from: str | None = None,
+    encoding_errors: str | None = None,
+) -> Recipe:
+    """The recipe of a command. Raises UserError with the key, the value, where it came from and how to mend it.
+
+    Args:
+        config: a preset's name, a recipe (.toml), a run folder, or a model shape (config.json, a checkpoint folder),
+            which is trained with the default settings. None: the shape of `init_from`, or else the preset ember.
+        overrides: "key=value", dotted keys, TOML values; a bare word is a string.
+        sources, tokenizer, encoding_errors: data.sources, data.tokenizer, data.encoding_errors.
+        init_from: a checkpoint to go on from: its model replaces the recipe's, its tokenizer is the default.
+    """
+    layers = [_layer_of(config)] if config is not None or init_from is None else []
+    options = {
+        "data.sources": (list(sources) if sources else None, "--data"),
+        "data.tokenizer": (tokenizer, "--tokenizer"),
+        "data.encoding_errors": (encoding_errors, "--encoding-errors"),
+    }
+    if init_from is not None:
+        layers.append(_layer_of_checkpoint(init_from))
+    layers.append(_layer_of_options({key: pair for key, pair in options.items() if pair[0] is not None}))
+    layers.append(_layer_of_overrides(overrides))
+    return _resolve(layers)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The resolved recipe that a run stored; nothing else is read. Raises UserError."""
+    return _build([Layer(read_toml(path), str(path), {})])
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML; `read_recipe` of it gives an equal one."""
+    return to_toml_text(as_tables(recipe))
+
+
+def as_tables(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain nested tables without absent keys; [model] in the published spelling."""
+    tables = recipe.model_dump(mode="json", exclude={"model"})
+    model = recipe.model.to_dict()
+    # TOML has no null: absent means None, but for this key, which the published config must give.
+    model["q_lora_rank"] = model["q_lora_rank"] or 0
+    return _without_none({**tables, "model": model})
+
+
+def with_epoch_tokens(recipe: Recipe, epoch_tokens: int) -> Recipe:
+    """Where the length is given in epochs: the recipe with that length in tokens of the training data."""
+    if recipe.epochs is None or recipe.steps is not None or recipe.tokens is not None:
+        return recipe
+    tokens = max(1, round(recipe.epochs * epoch_tokens))
+    return _validate({**dict(recipe), "tokens": tokens, "epochs": None}, [Layer({}, "the length of the data", {})])
+
+
+def take_stored_choices(recipe: Recipe, stored: Recipe) -> Recipe:
+    """`recipe` with what the stored run chose wherever the recipe leaves the choice (device, dtype, threads)."""
+    open_keys = [key for key, choose in CHOICES.items() if getattr(recipe, key) == choose]
+    return recipe.model_copy(update={key: getattr(stored, key) for key in open_keys})
+
+
+def recipe_differences(stored: Recipe, recipe: Recipe) -> list[str]:
+    """What makes `recipe` another run than `stored`, as "key: old -> new" lines; empty where it may go on."""
+    old = dict(_leaves(as_tables(stored)))
+    new = dict(_leaves(as_tables(take_stored_choices(recipe, stored))))
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        if key not in MAY_CHANGE and old.get(key) != new.get(key):
+            before, after = (shown(side[key]) if key in side else "not set" for side in (old, new))
+            lines.append(f"{key}: {before} -> {after}")
+    return lines
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of a recipe, tables and [model]'s keys included."""
+    model = [f"model.{key}" for key in ModelConfig.model_fields if key != "extra"]
+    return [*_table_keys(Recipe), *model]
+
+
+def _table_keys(table: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in table.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Table):
+            yield from _table_keys(field.annotation, f"{prefix}{name}.")
+
+
+# --- Where settings come from
+
+
+def _layer_of(config: str | Path | None) -> Layer:
+    config = DEFAULT_RECIPE if config is None else config
+    path = Path(config)
+    preset = PRESETS / f"{config}.toml"
+    if path.is_dir() and (path / "recipe.toml").is_file():
+        path = path / "recipe.toml"
+    elif not path.exists() and path.name == str(config) and preset.is_file():
+        return Layer(read_toml(preset), f"preset {config}", {})
+    else:
+        path = find_config(config)
+    if path.suffix == ".toml":
+        return Layer(read_toml(path), str(path), {})
+    return Layer({"model": ModelConfig.from_file(path).to_dict()}, str(path), {})
+
+
+def _layer_of_checkpoint(init_from: str) -> Layer:
+    folder, label = Path(init_from), f"--from {init_from}"
+    if not folder.is_dir():
+        raise UserError(f"{label}: no such folder; give a checkpoint (config.json and safetensors) or a run folder")
+    values: dict[str, Any] = {"init_from": init_from, "model": load_config(folder).to_dict()}
+    if (folder / "tokenizer.json").is_file():
+        values["data"] = {"tokenizer": str(folder / "tokenizer.json")}
+    return Layer(values, label, {})
+
+
+def _layer_of_options(options: dict[str, tuple[Any, str]]) -> Layer:
+    values: dict[str, Any] = {}
+    for key, (value, _) in options.items():
+        _put(values, key, value)
+    return Layer(values, "the command line", {key: label for key, (_, label) in options.items()})
+
+
+def _layer_of_overrides(overrides: Sequence[str]) -> Layer:
+    values: dict[str, Any] = {}
+    labels: dict[str, str] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not all(key.split(".")):
+            raise UserError(f"--set {override}: not KEY=VALUE; write for example --set optimizer.weight_decay=0.1")
+        labels[key] = f"--set {override}"
+        _check_known({key: None}, labels[key])
+        _put(values, key, _toml_value(text))
+    return Layer(values, "--set", labels)
+
+
+def _toml_value(text: str) -> Any:
+    """The TOML value, or the text itself where it is none: `--set dtype=fp32` needs no quotes."""
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text.strip()
+    return table["value"] if len(table) == 1 else text.strip()
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    *tables, last = key.split(".")
+    for table in tables:
+        if not isinstance(values.get(table), dict):
+            values[table] = {}
+        values = values[table]
+    values[last] = value
+
+
+# --- From layers to a recipe
+
+
+def _resolve(layers: list[Layer]) -> Recipe:
+    tokenizer_size = _tokenizer_size(layers)
+    model = _merged(layers).get("model")
+    if isinstance(model, dict) and not model.get("vocab_size"):
+        layers = [Layer({"model": {"vocab_size": tokenizer_size or DEFAULT_VOCAB_SIZE}}, "", {}), *layers]
+        layers = [_without_zero_vocab(layer) for layer in layers]
+    recipe = _build(layers)
+    if tokenizer_size and tokenizer_size > recipe.model.vocab_size:
+        raise UserError(
+            f"{recipe.data.tokenizer}: the tokenizer has {tokenizer_size} tokens and the model only model.vocab_size ="
+            f" {recipe.model.vocab_size}; give the tokenizer that belongs to it, or --set model.vocab_size=0"
+        )
+    if recipe.init_from is not None and recipe.data.tokenizer is None:
+        raise UserError(f"--from {recipe.init_from}: no tokenizer.json in it; give its own with --tokenizer FILE")
+    return recipe
+
+
+def _without_zero_vocab(layer: Layer) -> Layer:
+    model = layer.values.get("model")
+    if not isinstance(model, dict) or model.get("vocab_size", 1):
+        return layer
+    kept = {key: value for key, value in model.items() if key != "vocab_size"}
+    return Layer({**layer.values, "model": kept}, layer.label, layer.labels)
+
+
+def _tokenizer_size(layers: list[Layer]) -> int | None:
+    data = _merged(layers).get("data")
+    path = data.get("tokenizer") if isinstance(data, dict) else None
+    if not isinstance(path, str):
+        return None
+    from fireflyer.text.tokenizer import Tokenizer
+
+    return Tokenizer.from_file(path).vocab_size
+
+
+def _build(layers: list[Layer]) -> Recipe:
+    for layer in layers:
+        _check_known(layer.values, layer.label, layer.labels)
+    values = _merged(layers)
+    model = values.get("model")
+    if not isinstance(model, dict):
+        raise UserError(f"{layers[0].label}: no [model] table, which describes the model; add one")
+    values["model"] = ModelConfig.from_dict(model, source=_model_source(layers))
+    return _validate(values, layers)
+
+
+def _model_source(layers: list[Layer]) -> str:
+    parts = []
+    for layer in layers:
+        if layer.label and "model" in layer.values:
+            settings = [label for key, label in layer.labels.items() if key.startswith("model.")]
+            parts += settings or [f"{layer.label} [model]"]
+    return ", ".join(parts)
+
+
+def _merged(layers: list[Layer]) -> dict[str, Any]:
+    """Later layers win, table by table; a checkpoint's model is whole; the last layer with a length decides it."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        lengths = [key for key in LENGTHS if key in layer.values]
+        if lengths:
+            merged = {key: value for key, value in merged.items() if key not in LENGTHS}
+        if "init_from" in layer.values:
+            merged.pop("model", None)
+        values = {key: value for key, value in layer.values.items() if key not in lengths[1:]}
+        merged = _merge(merged, values)
+    return merged
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _check_known(values: dict[str, Any], label: str, labels: dict[str, str] | None = None) -> None:
+    """Refuse keys that nobody reads; those of [model] beyond its first level are ModelConfig's to check."""
+    known = known_keys()
+    for key, _ in _leaves(values):
+        if key in known or key.startswith("model."):
+            continue
+        parent = key.rpartition(".")[0]
+        guess = nearest(key, known)
+        where = (labels or {}).get(key, label)
+        if parent and parent in known and not any(name.startswith(f"{parent}.") for name in known):
+            raise UserError(f"unknown key {key} in {where}: {parent} is a value, not a table")
+        raise UserError(f"unknown key {key} in {where}" + (f"; did you mean {guess}?" if guess else ""))
+
+
+def _validate(values: dict[str, Any], layers: list[Layer]) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, SettingError):
+        raise UserError(f"{cause} ({_origin(cause.key, layers)})") from None
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])[1:]
+    origin = _origin(key, layers)
+    if first["type"] == "extra_forbidden":
+        raise UserError(f"unknown key {key} in {origin}")
+    if first["type"] == "missing":
+        raise UserError(f"{key} is missing in {origin}; add it")
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if first["type"] in ("model_type", "model_attributes_type", "is_instance_of"):
+        message = f"must be a table, such as [{key}] with its keys below it"
+    raise UserError(f"{key} = {shown(first['input'])}: {message} ({origin})") from None
+
+
+def _origin(key: str, layers: list[Layer]) -> str:
+    """Where the value of a key (or of what holds it) came from."""
+    for layer in reversed(layers):
+        inner: Any = layer.values
+        for part in key.partition("[")[0].split("."):
+            inner = inner.get(part, None) if isinstance(inner, dict) else None
+        if inner is not None:
+            named = [
+                label for name, label in layer.labels.items() if key == name or key.startswith((f"{name}.", f"{name}["))
+            ]
+            return named[-1] if named else layer.label
+    return next((layer.label for layer in layers if layer.label), "the defaults")
+
+
+def _leaves(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_none(inner) for inner in value]
+    return value

@@ -1,0 +1,209 @@
+"""The settings of a training run: frozen, checked tables whose defaults are DeepSeek-V3's where the size allows.
+
+In: plain values (from TOML, see recipe.py). Out: `Recipe`, in which no combination is left that a run could not honour.
+Section 4.2 of the V3 report names the figures; `presets/deepseek-v3.toml` is that run. No torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, model_validator
+
+from fireflyer.config import ModelConfig
+from fireflyer.train.quantities import parse_boundary, parse_quantity, resolve_boundary
+
+Tokens = Annotated[int, PlainValidator(parse_quantity)]
+Boundary = Annotated[int | str, PlainValidator(parse_boundary)]
+Fraction01 = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class SettingError(ValueError):
+    """Settings that contradict one another; `key` is the dotted one to change."""
+
+    def __init__(self, key: str, text: str) -> None:
+        super().__init__(text)
+        self.key = key
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class DataSettings(Table):
+    """[data]: what is read. `sources` are PATH[:WEIGHT] or builtin:NAME[:WEIGHT]; without `tokenizer` one is trained."""
+
+    sources: list[str] = []
+    tokenizer: str | None = None
+    fim_rate: Fraction01 = 0.0
+    mask_documents: bool = False
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    encoding_errors: Literal["strict", "replace"] = "strict"
+    text_column: str = "text"
+
+
+class OptimizerSettings(Table):
+    """[optimizer]: AdamW's figures hold for Muon's AdamW part too. `grad_clip` 0 means no clipping."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    betas: Annotated[tuple[Beta, Beta], Strict(False)] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.1
+    grad_clip: NotNegative = 1.0
+    muon_momentum: Beta = 0.95
+
+
+class FinalPhase(Table):
+    """One constant stretch after the cosine: `lr` until `until` tokens."""
+
+    until: Boundary
+    lr: NotNegative
+
+
+class ScheduleSettings(Table):
+    """[schedule]: warm-up in steps, then by tokens: constant, cosine, constants; and the batch ramp.
+
+    `warmup_steps` may be a share of the run's steps ("2%"). `cosine_lr` is where the cosine ends (a tenth of `lr` if
+    not given). `batch_multiple` is what every batch of the ramp divides by (say, the number of data-parallel ranks).
+    """
+
+    lr: Positive = 3e-4
+    warmup_steps: Boundary = "2%"
+    constant_until: Boundary = "70%"
+    cosine_until: Boundary = "100%"
+    cosine_lr: NotNegative | None = None
+    final: list[FinalPhase] = []
+    batch_start: Annotated[int, Field(ge=1)] | None = None
+    batch_ramp_tokens: Tokens | None = None
+    batch_multiple: Annotated[int, Field(ge=1)] = 1
+
+
+class BalanceSettings(Table):
+    """[balance]: the gate bias moves by `bias_speed` a step until `bias_until`, then stands still."""
+
+    bias_speed: NotNegative = 0.001
+    bias_until: Boundary | None = None
+    sequence_alpha: NotNegative = 1e-4
+
+
+class MtpSettings(Table):
+    """[mtp]: the weight of the MTP loss, and the one it changes to at `late_from`."""
+
+    weight: NotNegative = 0.3
+    late_weight: NotNegative = 0.1
+    late_from: Boundary | None = None
+
+
+class EmaSettings(Table):
+    """[ema]: decay of the running mean of the parameters; 0 keeps none."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class ParallelSettings(Table):
+    """[parallel]: sequences a forward pass (0: the whole batch at once), and recomputation in the backward pass."""
+
+    micro_batch_size: Annotated[int, Field(ge=0)] = 0
+    recompute: bool = False
+
+
+class Recipe(Table):
+    """Everything that decides a run. Of `steps`, `tokens` and `epochs` the first one given holds."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    steps: Tokens | None = None
+    tokens: Tokens | None = None
+    epochs: Positive | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    seq_len: Annotated[int, Field(ge=2)] = 512
+    checkpoint_every: Annotated[int, Field(ge=1)] = 100
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    eval_data: list[str] | None = None
+    eval_rows: Annotated[int, Field(ge=1)] = 64
+    log_every: Annotated[int, Field(ge=1)] = 1
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
+    threads: Annotated[int, Field(ge=0)] = 0
+    init_from: str | None = None
+    model: ModelConfig
+    data: DataSettings = DataSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    balance: BalanceSettings = BalanceSettings()
+    mtp: MtpSettings = MtpSettings()
+    ema: EmaSettings = EmaSettings()
+    parallel: ParallelSettings = ParallelSettings()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Recipe:
+        _check_length(self)
+        _check_batches(self)
+        _check_sequences(self)
+        _check_schedule(self)
+        return self
+
+
+def _check_length(recipe: Recipe) -> None:
+    lengths = {"steps": recipe.steps, "tokens": recipe.tokens, "epochs": recipe.epochs}
+    if all(length is None for length in lengths.values()):
+        raise SettingError("steps", "the run has no length: set steps, tokens or epochs, as --set steps=1000")
+    for key, length in lengths.items():
+        if length is not None and length <= 0:
+            raise SettingError(key, f"{key} = {length} leaves nothing to train; it must be above 0")
+
+
+def _check_batches(recipe: Recipe) -> None:
+    schedule, micro = recipe.schedule, recipe.parallel.micro_batch_size
+    ramp = (schedule.batch_start, schedule.batch_ramp_tokens)
+    if (ramp[0] is None) != (ramp[1] is None):
+        key = "batch_start" if ramp[0] is None else "batch_ramp_tokens"
+        raise SettingError(f"schedule.{key}", "schedule.batch_start and schedule.batch_ramp_tokens go together")
+    if schedule.batch_start is not None and schedule.batch_start > recipe.batch_size:
+        text = f"schedule.batch_start = {schedule.batch_start} is above batch_size = {recipe.batch_size}, where it ends"
+        raise SettingError("schedule.batch_start", text)
+    for key, size in (("batch_size", recipe.batch_size), ("schedule.batch_start", schedule.batch_start)):
+        for name, unit in (
+            ("schedule.batch_multiple", schedule.batch_multiple),
+            ("parallel.micro_batch_size", micro),
+        ):
+            if size is not None and unit and size % unit:
+                raise SettingError(name, f"{name} = {unit} does not divide {key} = {size}")
+    if schedule.batch_start is not None and micro and schedule.batch_multiple % micro:
+        text = f"schedule.batch_multiple = {schedule.batch_multiple} must be a multiple of "
+        raise SettingError("schedule.batch_multiple", text + f"parallel.micro_batch_size = {micro}, for the batch ramp")
+
+
+def _check_sequences(recipe: Recipe) -> None:
+    model = recipe.model
+    if recipe.seq_len > model.max_position_embeddings:
+        text = f"seq_len = {recipe.seq_len} is above model.max_position_embeddings = {model.max_position_embeddings}"
+        raise SettingError("seq_len", text)
+    if recipe.seq_len <= model.num_nextn_predict_layers:
+        text = f"seq_len = {recipe.seq_len} is too short for model.num_nextn_predict_layers = "
+        raise SettingError("seq_len", text + str(model.num_nextn_predict_layers))
+    if recipe.eval_every and recipe.eval_data is None and recipe.data.held_out == 0:
+        text = "eval_every needs held-out text: set data.held_out above 0, or eval_data, or eval_every = 0"
+        raise SettingError("eval_every", text)
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    schedule = recipe.schedule
+    if isinstance(schedule.warmup_steps, int) and recipe.steps is not None and schedule.warmup_steps >= recipe.steps:
+        text = f"schedule.warmup_steps = {schedule.warmup_steps} must be below steps = {recipe.steps}"
+        raise SettingError("schedule.warmup_steps", text + ' (a share such as "2%" fits any length)')
+    points = [("schedule.constant_until", schedule.constant_until), ("schedule.cosine_until", schedule.cosine_until)]
+    points += [(f"schedule.final[{i}].until", phase.until) for i, phase in enumerate(schedule.final)]
+    for (key, point), (next_key, next_point) in zip(points, points[1:], strict=False):
+        # A share and a count can be compared only where the run's tokens are known without counting steps or data.
+        if isinstance(point, str) != isinstance(next_point, str) and (
+            recipe.tokens is None or recipe.steps is not None
+        ):
+            continue
+        total = recipe.tokens or 10**12
+        if resolve_boundary(point, total) > resolve_boundary(next_point, total):
+            raise SettingError(next_key, f"{next_key} = {next_point!r} lies before {key} = {point!r}")
