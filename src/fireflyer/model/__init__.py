@@ -1,4 +1,6 @@
-"""The architecture: token ids (or embeddings) in, hidden states, logits and routing out. No files, no parallelism, no globals.
+"""The architecture: token ids (or embeddings) in, hidden states, logits and routing out.
+
+No files, no parallelism, no globals.
 
 Reading order: rope, norm, attention, routing, experts, mtp, decoder; cache beside them.
 

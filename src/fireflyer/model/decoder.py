@@ -1,7 +1,7 @@
 """The decoder: token ids or embeddings in, hidden states, logits of every depth and routing out.
 
-`trunk` stops at the hidden states, so that training can take its loss in chunks and the market can put its own heads on;
-`forward` goes on to logits.
+`trunk` stops at the hidden states, so that training can take its loss in chunks and the market can put its own heads
+on; `forward` goes on to logits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ABSORBED_UP_TO = 8
 
 @dataclass(frozen=True)
 class TrunkOutput:
-    """hidden_BTD after the last norm; per MTP depth k the (B, T-k, D) after its own norm; routing, main layers first."""
+    """hidden_BTD after the last norm; per MTP depth k (B, T-k, D) after its own norm; routing, main layers first."""
 
     hidden_BTD: Tensor
     mtp_hidden: list[Tensor]
@@ -55,7 +55,7 @@ class DecoderStack(nn.Module):
 
 
 class Decoder(nn.Module):
-    """DeepSeek-V3 (and V2, V2-Lite, R1, Moonlight, Kimi-K2) by its configuration. Weights start unset: `init_weights_`."""
+    """DeepSeek-V3, V2, V2-Lite, R1, Moonlight or Kimi-K2; weights start unset, see `init_weights_`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ def _attention_inputs(
 
 @torch.no_grad()
 def init_weights_(model: Decoder, generator: torch.Generator) -> None:
-    """Normal with `initializer_range` for every matrix (V3 trains with 0.006), ones for norms, zeros for gate biases."""
+    """Normal with `initializer_range` for matrices (V3 trains with 0.006), ones for norms, zeros for gate biases."""
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.fill_(1.0)

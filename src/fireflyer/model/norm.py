@@ -64,7 +64,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up, with gate and up side by side: (..., 2I) in, (..., I) out. The backward recomputes the product."""
+    """silu(gate) · up, with gate and up side by side: (..., 2I) in, (..., I) out; the backward keeps only its input."""
     return _SwiGLU.apply(gate_up)
 
 
