@@ -40,11 +40,8 @@ def find_config(name_or_path: str | Path) -> Path:
             return preset
     names = preset_names()
     guess = nearest(str(name_or_path), names)
-    raise UserError(
-        f"{shown(str(name_or_path))} is no file or folder and no preset"
-        + (f"; did you mean {guess}?" if guess else ";")
-        + f" Presets: {', '.join(names)}"
-    )
+    meant = f"; did you mean {guess}?" if guess else "."
+    raise UserError(f"{shown(str(name_or_path))} is no file or folder and no preset{meant} Presets: {', '.join(names)}")
 
 
 def _config_in_folder(folder: Path) -> Path:

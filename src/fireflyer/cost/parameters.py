@@ -84,10 +84,8 @@ def _attention(config: ModelConfig) -> int:
     """Latent attention with its latent norms. V3 report, equations 1-11."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     query = heads * config.qk_head_dim
-    if config.q_lora_rank is None:
-        queries = hidden * query
-    else:
-        queries = config.q_lora_rank * (hidden + 1 + query)
+    rank = config.q_lora_rank
+    queries = hidden * query if rank is None else rank * (hidden + 1 + query)
     keys_and_values = config.kv_lora_rank * (1 + heads * (config.qk_nope_head_dim + config.v_head_dim))
     return queries + hidden * config.latent_dim + keys_and_values + heads * config.v_head_dim * hidden
 

@@ -13,7 +13,7 @@ USD_PER_GPU_HOUR = 2.0
 """The report's assumed rent of an H800."""
 
 H800_BF16_FLOPS_PER_S = 989.5e12
-"""Dense BF16 peak of the Hopper SXM card (NVIDIA's data sheet); most of V3's products ran in FP8, whose peak is twice."""
+"""Dense BF16 peak of the Hopper SXM card (NVIDIA's data sheet); V3 ran most products in FP8, whose peak is twice."""
 
 
 def pretraining_gpu_hours(tokens: float = PRETRAINING_TOKENS) -> float:
