@@ -23,7 +23,9 @@ need_venv_module() {
         stop "this Python has no venv module (ensurepip is missing): install it with your system's package manager"
     if [ "$(id -u)" -ne 0 ]; then
         say "this Python cannot make environments: $package is missing. Type this line, then make again:"
-        printf '\n    sudo apt-get install %s\n\n' "$package" >&2
+        as_root="apt-get update && apt-get install $package"
+        if command -v sudo >/dev/null 2>&1; then as_root="sudo sh -c '$as_root'"; else as_root="su -c '$as_root'"; fi
+        printf '\n    %s\n\n' "$as_root" >&2
         exit 1
     fi
     say "installing $package (this Python cannot make environments without it)"
@@ -55,7 +57,7 @@ torch_version() {
 
 if ! torch_version >/dev/null; then
     say "installing $torch (once; some minutes)"
-    pip install --quiet "$torch"
+    pip install -qq "$torch"
 fi
 
 constraint=$(mktemp)
@@ -63,8 +65,8 @@ trap 'rm -f "$constraint"' EXIT
 echo "torch==$(torch_version)" >"$constraint"
 say "installing Fireflyer ($what) beside torch $(torch_version)"
 case $what in
-core) pip install --quiet --constraint "$constraint" --editable . ;;
-dev) pip install --quiet --constraint "$constraint" --editable '.[dev]' ;;
+core) pip install -qq --constraint "$constraint" --editable . ;;
+dev) pip install -qq --constraint "$constraint" --editable '.[dev]' ;;
 *) stop "install.sh knows 'core' and 'dev', not '$what'" ;;
 esac
 

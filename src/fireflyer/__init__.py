@@ -16,7 +16,7 @@ _HOMES = {
     "SamplingParams": "fireflyer.infer.sampling_params",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = ["LLM", "ModelConfig", "SamplingParams", "UserError", "__version__", "load_model", "save_model"]
 
 if TYPE_CHECKING:
     from fireflyer.checkpoint.hf import load_model, save_model

@@ -1,0 +1,100 @@
+"""A wheel, built here and installed into a clean environment, is whole: commands run and every data file came along."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A command in an environment that knows nothing of the source tree."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    return subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    done = run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scripts of an environment with the wheel in it; its dependencies are lent by the running interpreter."""
+    folder = tmp_path_factory.mktemp("clean")
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    done = run(
+        sys.executable, "-m", "pip", "--python", python, "install", "-qq", "--no-deps", "--no-index", wheel, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).stdout.strip())
+    (site / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n" + sysconfig.get_path("platlib") + "\n")
+    where = run(python, "-c", "import fireflyer; print(fireflyer.__file__)", cwd=folder).stdout
+    assert where.startswith(str(folder)), where
+    return folder / "bin"
+
+
+def test_wheel_holds_every_file(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+    source = ROOT / "src"
+    wanted = {
+        path.relative_to(source).as_posix()
+        for path in (source / "fireflyer").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert wanted <= held, sorted(wanted - held)
+    assert any(name.endswith("licenses/LICENSE") for name in held)
+
+
+def test_help(installed: Path, tmp_path: Path) -> None:
+    done = run(installed / "fireflyer", "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for verb in ("demo", "pretrain", "export", "inspect", "generate", "chat"):
+        assert verb in done.stdout
+    assert run(installed / "python", "-m", "fireflyer", "--help", cwd=tmp_path).stdout == done.stdout
+
+
+# Published counts of the main model: facts of the released files, gate biases included.
+@pytest.mark.parametrize(
+    ("preset", "total"),
+    [
+        ("deepseek-v2-lite", 15_706_484_224),
+        ("deepseek-v2", 235_741_434_880),
+        ("deepseek-v3", 671_026_419_200),
+        ("moonlight", 15_960_110_208),
+        ("kimi-k2", 1_026_408_232_448),
+        ("spark", None),
+        ("ember", None),
+    ],
+)
+def test_shipped_preset_is_found(installed: Path, tmp_path: Path, preset: str, total: int | None) -> None:
+    done = run(installed / "fireflyer", "inspect", preset, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    counted = json.loads(done.stdout)["parameters"]["total"]
+    assert counted > 0
+    assert total is None or counted == total
+
+
+def test_a_mistake_is_one_line(installed: Path, tmp_path: Path) -> None:
+    done = run(installed / "fireflyer", "inspect", "no-such-preset", "--json", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("fireflyer: ")
