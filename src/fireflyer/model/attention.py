@@ -14,13 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fireflyer.config import ModelConfig
+from fireflyer.config import LATENT_NORM_EPS, ModelConfig
 from fireflyer.model.cache import LatentCache
 from fireflyer.model.norm import RMSNorm
 from fireflyer.model.rope import apply_rope, softmax_scale
-
-LATENT_NORM_EPS = 1e-6
-"""The published code builds the two latent norms with this, whatever `rms_norm_eps` says (it matters for Moonlight)."""
 
 Form = Literal["expanded", "absorbed"]
 

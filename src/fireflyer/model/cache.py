@@ -38,9 +38,8 @@ class ContiguousCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        num_layers = config.num_hidden_layers + config.num_nextn_predict_layers
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        self.slots = torch.zeros(num_layers, batch_size, max_length, width, dtype=dtype, device=device)
+        shape = (config.num_layers_with_mtp, batch_size, max_length, config.latent_dim)
+        self.slots = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._rows_B1 = torch.arange(batch_size, device=device)[:, None]
 
@@ -49,8 +48,11 @@ class ContiguousCache:
         return self.slots.shape[2]
 
     def extend(self, layer_index: int, latent_BTC: Tensor, positions_BT: Tensor, num_slots: int) -> Tensor:
+        if num_slots > self.max_length:
+            raise ValueError(f"position {num_slots - 1} doesn't fit into a cache of max_length {self.max_length}")
         layer_BSC = self.slots[layer_index]
-        layer_BSC[self._rows_B1, positions_BT] = latent_BTC.to(layer_BSC.dtype)
+        # Detached: the buffer outlives the call, and would keep every call's graph alive where gradients are on.
+        layer_BSC[self._rows_B1, positions_BT] = latent_BTC.detach().to(layer_BSC.dtype)
         return layer_BSC[:, :num_slots]
 
     def advance(self, num_tokens_B: Tensor | int) -> None:

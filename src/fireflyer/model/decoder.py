@@ -145,14 +145,15 @@ class Decoder(nn.Module):
         for depth, module in enumerate(self.model.mtp[:num_mtp], start=1):
             if depth >= tokens:
                 break
+            rows = tokens - depth
             shifted = _attention_inputs(
-                (cos_sin[0][:, depth:], cos_sin[1][:, depth:]),
-                positions[:, depth:],
-                None if document_ids is None else document_ids[:, :-depth],
+                (cos_sin[0][:, :rows], cos_sin[1][:, :rows]),
+                positions[:, :rows],
+                None if document_ids is None else document_ids[:, :rows],
                 cache,
                 form,
             )
-            previous = _run(module, recompute, routing, previous[:, : tokens - depth], embeds_BTD[:, depth:], shifted)
+            previous = _run(module, recompute, routing, previous[:, :rows], embeds_BTD[:, depth:], shifted)
             mtp_hidden.append(previous)
         return TrunkOutput(hidden_BTD, mtp_hidden, routing)
 
@@ -168,7 +169,10 @@ class Decoder(nn.Module):
 
 def _run(module: nn.Module, recompute: bool, routing: list[Routing], *args: Tensor | AttentionInputs) -> Tensor:
     """Call a layer; its routing is a return value, so that recomputation in the backward never counts it twice."""
-    hidden, decided = checkpoint(module, *args, use_reentrant=False) if recompute else module(*args)
+    if recompute:
+        hidden, decided = checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
+    else:
+        hidden, decided = module(*args)
     if decided is not None:
         routing.append(decided)
     return hidden

@@ -2,6 +2,7 @@
 
 Depth k takes the *normed* hidden state of the depth before it (depth 0 is the main model after its last norm). The
 projection's input is [embedding ; hidden], the order of the released weights and the reverse of the report's eq. 21.
+A row keeps the position (and the cache slot, and the document) of its token i: rotary attention sees differences only.
 Embedding and head are the main model's.
 """
 

@@ -78,7 +78,8 @@ def sequence_balance_loss(scores_NE: Tensor, shape_BT: tuple[int, int], num_expe
         counts_BE = torch.zeros(shape_BT[0], num_experts, device=scores_NE.device)
         counts_BE.scatter_add_(1, top_BTK.flatten(1), torch.ones_like(top_BTK, dtype=counts_BE.dtype).flatten(1))
         share_BE = counts_BE * (num_experts / (num_experts_per_tok * shape_BT[1]))
-    probability_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
+    # The same guard as in `route`: sigmoids can all underflow to 0.
+    probability_BE = (scores_BTE / (scores_BTE.sum(-1, keepdim=True) + 1e-20)).mean(1)
     return (share_BE * probability_BE).sum(-1).mean()
 
 
@@ -92,19 +93,20 @@ def update_gate_bias_(bias_E: Tensor, counts_E: Tensor, speed: float) -> None:
 
     Args:
         bias_E: (E,) fp32, changed in place.
-        counts_E: (E,) tokens that chose each expert in the whole global batch of one optimizer step.
+        counts_E: (E,) int64, tokens that chose each expert in the whole global batch of one optimizer step.
         speed: γ.
     """
-    load_E = counts_E.to(bias_E.dtype)
-    bias_E.add_(torch.sign(load_E.mean() - load_E), alpha=speed)
+    # In whole numbers: an fp32 mean of millions of tokens is rounded, and an expert right at the mean would move.
+    below_mean_E = torch.sign(counts_E.sum() - counts_E * counts_E.numel())
+    bias_E.add_(below_mean_E.to(bias_E.dtype), alpha=speed)
 
 
 def max_violation(counts_E: Tensor) -> float:
     """MaxVio: the busiest expert's load over the mean load, minus 1; 0 is perfect balance (arXiv 2408.15664)."""
-    load_E = counts_E.double()
-    return float(load_E.max() / load_E.mean() - 1)
+    return int(counts_E.max()) * counts_E.numel() / int(counts_E.sum()) - 1
 
 
 def gate_logits(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
-    """(N, E) in fp32 whatever the model's dtype: a gate in bf16 routes other tokens."""
-    return F.linear(x_ND.float(), weight_ED.float())
+    """(N, E) in fp32 whatever the model's dtype, under autocast too: a gate in bf16 chooses other experts."""
+    with torch.autocast(x_ND.device.type, enabled=False):
+        return F.linear(x_ND.float(), weight_ED.float())
