@@ -37,9 +37,7 @@ def naive_scales(weight: torch.Tensor, block: tuple[int, int]) -> list[list[floa
 @pytest.mark.parametrize("shape", [(4, 6), (9, 5), (1, 1), (8, 8), (7, 17)])
 @pytest.mark.parametrize("block", [(4, 4), (3, 5), (128, 128), (1, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dequantize_is_the_loop_to_the_byte(
-    shape: tuple[int, int], block: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_dequantize_is_the_loop_to_the_byte(shape: tuple[int, int], block: tuple[int, int], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(shape[0] * 31 + block[0])
     weight = torch.randn(shape, generator=generator).mul(50).to(torch.float8_e4m3fn)
     scale_inv = torch.rand(scale_shape(shape, block), generator=generator).mul(1e-3)
@@ -55,7 +53,11 @@ def test_hand_worked_block() -> None:
     quantized, scale_inv = quantize_block(weight, (2, 2))
     assert scale_inv.tolist() == [[2.0, 1.0], [0.015625, 1.0]]
     assert quantized.float().tolist() == [[448.0, -1.5, 448.0], [0.5, 16.0, 5.0], [448.0, 0.0, 0.0]]
-    assert dequantize_block(quantized, scale_inv, (2, 2)).tolist() == [[896.0, -3.0, 448.0], [1.0, 32.0, 5.0], [7, 0, 0]]
+    assert dequantize_block(quantized, scale_inv, (2, 2)).tolist() == [
+        [896.0, -3.0, 448.0],
+        [1.0, 32.0, 5.0],
+        [7, 0, 0],
+    ]
 
 
 def test_the_published_576_rows() -> None:
