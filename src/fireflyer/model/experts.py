@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fireflyer.config import ModelConfig
 from fireflyer.model.norm import SwiGLU, swiglu
@@ -41,7 +40,6 @@ class _Dispatch(torch.autograd.Function):
         return x_ND[token_of_M]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad_MD,) = grads
         (place_NK,) = ctx.saved_tensors
@@ -61,7 +59,6 @@ class _Combine(torch.autograd.Function):
         return torch.bmm(weights_NK[:, None], gathered_NKD)[:, 0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad_ND,) = grads
         y_MD, weights_NK, token_of_M, place_NK = ctx.saved_tensors

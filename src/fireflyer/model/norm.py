@@ -19,8 +19,10 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * inverse).to(x.dtype) * weight
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    @once_differentiable  # a second derivative would take `inverse` for a constant
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
         (grad,) = grads
         x, weight, inverse = ctx.saved_tensors
         normed = x.float() * inverse
@@ -51,7 +53,6 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate) * up
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (grad,) = grads
         (gate_up,) = ctx.saved_tensors
