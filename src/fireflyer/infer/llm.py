@@ -1,0 +1,263 @@
+"""The face of generation. In: a CHECKPOINT, prompts, sampling parameters. Out: answers, whole or as a stream.
+
+Names are those vLLM's users know. Decoding runs on the cached latents in absorbed form (report 2.1.1): each token costs
+kv_lora_rank + qk_rope_head_dim numbers a layer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fireflyer.checkpoint.hf import load_model, resolve_checkpoint
+from fireflyer.errors import UserError
+from fireflyer.infer.engine import Engine
+from fireflyer.infer.output_text import OutputText
+from fireflyer.infer.request import Request, RequestOutput, StreamPart
+from fireflyer.infer.sampling_params import SamplingParams
+from fireflyer.model.decoder import Decoder
+from fireflyer.text.stream import StreamDecoder
+from fireflyer.text.templates import Message
+from fireflyer.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class LLM:
+    """A loaded model that answers prompts.
+
+    Args:
+        path: a CHECKPOINT: a folder in the published format, or a run folder (its newest good checkpoint).
+        dtype: torch.float32 or torch.bfloat16; "auto" is float32 on a CPU and bfloat16 on a GPU.
+        device: where the model runs, "cpu" or "cuda".
+        max_length: tokens of prompt and answer together at most; default the model's max_position_embeddings.
+        max_num_seqs: sequences that decode together; more prompts than that wait for a free place.
+
+    Raises UserError for a checkpoint that can't be read, a device that isn't there, a dtype that doesn't serve.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | Literal["auto"] = "auto",
+        device: torch.device | str = "cpu",
+        max_length: int | None = None,
+        max_num_seqs: int = 64,
+    ) -> None:
+        target = _checked_device(device)
+        chosen = _checked_dtype(dtype, target)
+        folder = resolve_checkpoint(path)
+        model = load_model(folder, dtype=chosen, device=target)
+        tokenizer = Tokenizer.from_file(folder) if (folder / "tokenizer.json").is_file() else None
+        self._set_up(model, tokenizer, str(path), max_length, max_num_seqs)
+        self._end_token_ids |= _generation_config_end_ids(folder)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Decoder,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_length: int | None = None,
+        max_num_seqs: int = 64,
+    ) -> LLM:
+        """Around a model that is in memory already, which may go on training between calls."""
+        llm = cls.__new__(cls)
+        llm._set_up(model, tokenizer, "the model in memory", max_length, max_num_seqs)
+        return llm
+
+    def _set_up(
+        self, model: Decoder, tokenizer: Tokenizer | None, source: str, max_length: int | None, max_num_seqs: int
+    ) -> None:
+        limit = model.config.max_position_embeddings
+        if max_length is not None and not 1 < max_length <= limit:
+            raise UserError(
+                f"max_length is {max_length}; it must lie between 2 and the model's max_position_embeddings, {limit}"
+            )
+        if max_num_seqs < 1:
+            raise UserError(f"max_num_seqs is {max_num_seqs}; it must be at least 1")
+        if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}; "
+                "tokenizer.json belongs to another model"
+            )
+        self.model, self.tokenizer, self.config = model, tokenizer, model.config
+        self.max_length = max_length or limit
+        self._source = source
+        self._max_num_seqs = max_num_seqs
+        self._end_token_ids = _as_set(model.config.eos_token_id)
+        if tokenizer is not None:
+            self._end_token_ids |= {tokenizer.eos_id}
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers in the order of the prompts, decoded together.
+
+        Args:
+            prompts: a text, or token ids, or a list of these. Text is preceded by the begin token, once.
+            sampling_params: one for all prompts, or a list with one for each.
+
+        Raises UserError, naming the prompt by its index, before anything is generated.
+        """
+        listed = _listed(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or SamplingParams()] * len(listed)
+        elif len(sampling_params) != len(listed):
+            raise UserError(
+                f"{len(sampling_params)} sampling parameters were given for {len(listed)} prompts; "
+                "give one for all, or one for each"
+            )
+        requests = []
+        for index, (prompt, params) in enumerate(zip(listed, sampling_params, strict=True)):
+            try:
+                requests.append(self._request(prompt, params))
+            except UserError as error:
+                raise UserError(f"prompts[{index}]: {error}") from None
+        engine = Engine(self.model, requests, self._max_num_seqs)
+        while engine.unfinished:
+            engine.step()
+        return [request.output() for request in requests]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """The assistant's next message of a conversation, or of each of several; `encode_chat` says what is fed."""
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = messages if several else [messages]
+        return self.generate([self.encode_chat(conversation) for conversation in conversations], sampling_params)
+
+    def stream_sync(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamPart]:
+        """One answer in parts as it grows. Raises UserError at the call, not at the first part."""
+        request = self._request(prompt, sampling_params or SamplingParams())
+        return self._parts(Engine(self.model, [request], 1), request)
+
+    def _parts(self, engine: Engine, request: Request) -> Iterator[StreamPart]:
+        while engine.unfinished:
+            engine.step()
+            part = request.take_part()
+            if part is not None:
+                yield part
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncIterator[StreamPart]:
+        """As `stream_sync`, for `async for`: steps run in a thread, so the event loop stays free.
+
+        Leaving the loop or cancelling the task ends the generation within one step.
+        """
+        request = self._request(prompt, sampling_params or SamplingParams())
+        return self._parts_async(Engine(self.model, [request], 1), request)
+
+    async def _parts_async(self, engine: Engine, request: Request) -> AsyncIterator[StreamPart]:
+        while engine.unfinished:
+            await asyncio.to_thread(engine.step)
+            part = request.take_part()
+            if part is not None:
+                yield part
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Token ids of a text prompt: special tokens in it count, and it begins with exactly one begin token."""
+        tokenizer = self._tokenizer_for("a text prompt", "give the prompt as token ids")
+        token_ids = tokenizer.encode(prompt, allow_special=True)
+        return token_ids if token_ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *token_ids]
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation in the checkpoint's own template, up to where the assistant's answer begins."""
+        return self._tokenizer_for("a chat", "only prompts of token ids can be used").encode_chat(messages)
+
+    def _tokenizer_for(self, use: str, remedy: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError(f"{self._source} has no tokenizer.json, which {use} needs; {remedy}")
+        return self.tokenizer
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        """A checked request. Raises UserError."""
+        text = prompt if isinstance(prompt, str) else None
+        token_ids = self.encode_prompt(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        self._check_prompt(token_ids)
+        vocab_size = self.config.vocab_size
+        beyond = [token for token in params.stop_token_ids or () if token >= vocab_size]
+        if beyond:
+            raise UserError(f"stop_token_ids has {beyond[0]}; the model's vocabulary ends at {vocab_size - 1}")
+        output_text = None
+        if params.stop or self.tokenizer is not None:
+            tokenizer = self._tokenizer_for("a stop string", "use stop_token_ids")
+            output_text = OutputText(StreamDecoder(tokenizer), params.stop or ())
+        room = self.max_length - len(token_ids)
+        return Request(
+            text,
+            token_ids,
+            params,
+            max_new_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            end_token_ids=frozenset(self._end_token_ids),
+            output_text=output_text,
+        )
+
+    def _check_prompt(self, token_ids: list[int]) -> None:
+        if not token_ids:
+            raise UserError("the prompt is an empty list; give at least one token id")
+        vocab_size = self.config.vocab_size
+        wrong = [token for token in token_ids if not 0 <= token < vocab_size]
+        if wrong:
+            raise UserError(f"the prompt has token id {wrong[0]}; the model's vocabulary is 0 to {vocab_size - 1}")
+        if len(token_ids) >= self.max_length:
+            raise UserError(
+                f"the prompt has {len(token_ids)} tokens, which leaves no room for an answer in the context of "
+                f"{self.max_length}; shorten it"
+            )
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts out of one or many; a list of integers is one prompt of token ids."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # pyright: ignore[reportReturnType]
+    return list(prompts)  # pyright: ignore[reportReturnType]
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device is {device!r}; it must be cpu or cuda") from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device is {device!r}, but torch finds no CUDA GPU on this machine; use cpu")
+    return target
+
+
+def _checked_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in _DTYPES:
+        raise UserError(
+            f"dtype is {dtype!r}; it must be torch.float32, torch.bfloat16 or 'auto' (these models overflow float16)"
+        )
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _generation_config_end_ids(folder: Path) -> set[int]:
+    """End tokens that only generation_config.json names: chat models often add theirs there."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return set()
+    try:
+        return _as_set(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a JSON object: {error}; mend or remove it") from None
+
+
+def _as_set(token_ids: int | list[int] | None) -> set[int]:
+    if token_ids is None:
+        return set()
+    return {token_ids} if isinstance(token_ids, int) else set(token_ids)
