@@ -27,7 +27,7 @@ lint: $(VENV)/.fireflyer-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 
 proof: $(VENV)/.fireflyer-dev
 	@$(BIN)/python -m benchmarks $(PART)

@@ -71,18 +71,9 @@ def test_help(installed: Path, tmp_path: Path) -> None:
     assert run(installed / "python", "-m", "fireflyer", "--help", cwd=tmp_path).stdout == done.stdout
 
 
-# Published counts of the main model: facts of the released files, gate biases included.
+# One shape (.json), one recipe (.toml) and the demo's. Published counts of the main model, gate biases included.
 @pytest.mark.parametrize(
-    ("preset", "total"),
-    [
-        ("deepseek-v2-lite", 15_706_484_224),
-        ("deepseek-v2", 235_741_434_880),
-        ("deepseek-v3", 671_026_419_200),
-        ("moonlight", 15_960_110_208),
-        ("kimi-k2", 1_026_408_232_448),
-        ("spark", None),
-        ("ember", None),
-    ],
+    ("preset", "total"), [("kimi-k2", 1_026_408_232_448), ("deepseek-v3", 671_026_419_200), ("spark", None)]
 )
 def test_shipped_preset_is_found(installed: Path, tmp_path: Path, preset: str, total: int | None) -> None:
     done = run(installed / "fireflyer", "inspect", preset, "--json", cwd=tmp_path)
