@@ -20,13 +20,14 @@ PRESETS = Path(__file__).parents[1] / "presets"
 
 def preset_names() -> list[str]:
     """Names of the recipes and model shapes that ship."""
-    return sorted(path.stem for path in PRESETS.iterdir() if path.suffix in (".toml", ".json"))
+    return sorted({path.stem for path in PRESETS.iterdir() if path.suffix in (".toml", ".json")})
 
 
 def find_config(name_or_path: str | Path) -> Path:
     """The config.json or recipe .toml meant by a CONFIG: a folder, a file or a preset's name. Raises UserError.
 
     A run folder gives its newest checkpoint's config.json (all of a run's are alike), before the first its recipe.toml.
+    Where a preset is both, the published shape goes before the recipe.
     """
     path = Path(name_or_path)
     if path.is_dir():

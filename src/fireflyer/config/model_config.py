@@ -171,16 +171,16 @@ def _check_routing(config: ModelConfig) -> None:
         raise ValueError(f"topk_group {config.topk_group} is above n_group {groups}; lower it")
     if config.topk_method == "greedy":
         return
+    if config.topk_method == "noaux_tc" and experts // groups < 2:
+        raise ValueError(
+            f"n_group {groups} leaves {experts // groups} expert a group, and a group's score is the sum of its best"
+            " two; use fewer groups"
+        )
     reachable = experts // groups * config.topk_group
     if chosen > reachable:
         raise ValueError(
             f"num_experts_per_tok {chosen} is above the {reachable} experts of topk_group {config.topk_group} open"
             f" groups of {experts // groups}; open more groups or choose fewer experts"
-        )
-    if config.topk_method == "noaux_tc" and experts // groups < 2:
-        raise ValueError(
-            f"n_group {groups} leaves {experts // groups} expert a group, and a group's score is the sum of its best"
-            " two; use fewer groups"
         )
 
 

@@ -19,6 +19,7 @@ _FIXED = {
     "attention_dropout": (0, "the model has no dropout"),
     "moe_layer_freq": (1, "every layer from first_k_dense_replace on has experts"),
     "rope_interleave": (True, "published weights rotate interleaved pairs"),
+    "use_mla": (True, "attention is over latents"),
 }
 
 # Facts about the files or the writer, which whoever writes them states anew.
@@ -131,7 +132,7 @@ def _check_keys(given: dict[str, Any], names: set[str], source: str) -> None:
 
 def _check_head_widths(given: dict[str, Any], source: str) -> None:
     heads = given.get("num_attention_heads")
-    if given.get("num_key_value_heads", heads) != heads:
+    if heads is not None and given.get("num_key_value_heads", heads) != heads:
         raise UserError(
             f"{source}: num_key_value_heads {shown(given['num_key_value_heads'])} isn't num_attention_heads"
             f" {shown(heads)}; latent attention has no grouped heads: make them equal"
