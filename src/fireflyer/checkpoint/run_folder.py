@@ -1,0 +1,99 @@
+"""The rest of a run folder: the lock that keeps a second process out, and the metrics that are cut back on resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fireflyer.checkpoint.run import write_text
+from fireflyer.errors import UserError
+
+LOCK = ".lock"
+METRICS = "metrics.jsonl"
+RECIPE = "recipe.toml"
+SUMMARY = "summary.json"
+TOKENIZER = "tokenizer.json"
+
+
+class RunLock:
+    """Held while a process trains in the folder. The kernel drops it with the process, however that ends."""
+
+    def __init__(self, run_dir: Path) -> None:
+        import fcntl  # absent on Windows, where everything but training still works
+
+        self.path = run_dir / LOCK
+        self._file = self.path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise UserError(
+                f"{run_dir} is in use by another process ({holder}): wait for it or stop it, or give another --run"
+            ) from error
+        self._file.truncate(0)
+        self._file.write(f"pid {os.getpid()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Give the folder free (closing drops the lock; the file stays, since removing it would race)."""
+        self._file.close()
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+
+def read_metrics(run_dir: Path, up_to_step: int | None = None) -> list[dict[str, Any]]:
+    """The whole lines of `metrics.jsonl`, oldest first, of steps up to `up_to_step`; a torn last line is left out."""
+    path = run_dir / METRICS
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline is empty or torn
+        try:
+            row = json.loads(line)
+            if up_to_step is not None and row["step"] > up_to_step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        rows.append(row)
+    return rows
+
+
+class MetricsLog:
+    """Appends one JSON object a step to `metrics.jsonl`, beginning after the checkpoint that the run resumes from."""
+
+    def __init__(self, run_dir: Path, *, resume_step: int) -> None:
+        self.path = run_dir / METRICS
+        self.rows_kept = read_metrics(run_dir, up_to_step=resume_step)
+        text = "".join(_line(row) for row in self.rows_kept)
+        if not self.path.exists() or self.path.read_bytes() != text.encode():
+            write_text(self.path, text)
+        self._file = self.path.open("ab", buffering=0)  # a line is in the kernel's hands before the next step begins
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one step's line; NaN is refused, since it isn't JSON. Raises UserError when the disk is full."""
+        line = _line(row).encode()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise UserError(f"{self.path} can't be written: {error.strerror}; free the disk and start again") from error
+
+    def sync(self) -> None:
+        """Have the disk take all lines so far; done before a checkpoint, so that its history is never missing."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; the log can't be used after."""
+        self._file.close()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
