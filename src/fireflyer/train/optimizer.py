@@ -4,8 +4,8 @@ In: a Decoder with gradients and the recipe's [optimizer]. Out: updated paramete
 report, 4.2: AdamW with betas .9/.95, weight decay .1, gradients clipped at norm 1. Muon as Moonlight trained with it
 (arXiv 2502.16982): torch's own, its update scaled by 0.2·sqrt(max(A, B)) so that AdamW's rate and decay hold for it.
 
-Weight decay is for matrices: embedding, head, gate, projections and experts. Norm gains (one axis) have none; the report
-names no exception, and this is what the field does. The gate bias is a buffer, moved by balance and never seen here.
+Weight decay is for matrices: embedding, head, gate, projections and experts. Norm gains (one axis) have none: the
+report names no exception, but this is what the field does. The gate bias is a buffer, which balance moves, not we.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def optimizer_tensors(optimizer: DecoderOptimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: DecoderOptimizer, tensors: dict[str, Tensor]) -> None:
-    """Put saved state back, exactly. Raises UserError for a missing, extra or misshaped tensor, before any is changed."""
+    """Put saved state back, exactly. A missing, extra or misshaped tensor raises UserError, and nothing is changed."""
     own = optimizer.tensors()
     for name in sorted(own.keys() | tensors.keys()):
         if name not in tensors:

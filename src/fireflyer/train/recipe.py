@@ -7,7 +7,7 @@ Out: one resolved `Recipe`; its TOML text (read back equal); the differences tha
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from fireflyer.config import ModelConfig, load_config
 from fireflyer.config.files import PRESETS, find_config, read_toml
 from fireflyer.config.messages import nearest, shown
 from fireflyer.errors import UserError
-from fireflyer.train.settings import Recipe, SettingError, Table
+from fireflyer.train.settings import FinalPhase, Recipe, SettingError, Table
 from fireflyer.train.toml import to_toml_text
 
 if sys.version_info >= (3, 11):
@@ -151,7 +151,8 @@ def _layer_of(config: str | Path | None) -> Layer:
         path = find_config(config)
     if path.suffix == ".toml":
         return Layer(read_toml(path), str(path), {})
-    return Layer({"model": ModelConfig.from_file(path).to_dict()}, str(path), {})
+    label = f"preset {config}" if path.parent == PRESETS else str(path)
+    return Layer({"model": ModelConfig.from_file(path).to_dict()}, label, {})
 
 
 def _layer_of_checkpoint(init_from: str) -> Layer:
@@ -284,37 +285,60 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_known(values: dict[str, Any], label: str, labels: dict[str, str] | None = None) -> None:
-    """Refuse keys that nobody reads; those of [model] beyond its first level are ModelConfig's to check."""
-    known = known_keys()
+    """Refuse keys that nobody reads; those below [model] are ModelConfig's to check."""
+    known = set(known_keys())
     for key, _ in _leaves(values):
-        if key in known or key.startswith("model."):
-            continue
-        parent = key.rpartition(".")[0]
-        guess = nearest(key, known)
-        where = (labels or {}).get(key, label)
-        if parent and parent in known and not any(name.startswith(f"{parent}.") for name in known):
-            raise UserError(f"unknown key {key} in {where}: {parent} is a value, not a table")
-        raise UserError(f"unknown key {key} in {where}" + (f"; did you mean {guess}?" if guess else ""))
+        parts = key.split(".")
+        for depth in range(1, len(parts) + 1):
+            path = ".".join(parts[:depth])
+            if path.startswith("model."):
+                break
+            if path not in known:
+                guess = _nearest_key(path, known)
+                where = f"in {(labels or {}).get(key, label)}"
+                raise UserError(f"unknown key {path} {where}" + (f"; did you mean {guess}?" if guess else ""))
+
+
+def _nearest_key(key: str, known: Iterable[str]) -> str | None:
+    """A key of that very name in another table, or else the nearest."""
+    name = key.rpartition(".")[2]
+    elsewhere = [other for other in sorted(known) if other.rpartition(".")[2] == name]
+    return elsewhere[0] if elsewhere else nearest(key, sorted(known))
 
 
 def _validate(values: dict[str, Any], layers: list[Layer]) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        # An unknown key goes first, as it usually explains a missing one.
+        first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, SettingError):
         raise UserError(f"{cause} ({_origin(cause.key, layers)})") from None
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])[1:]
-    origin = _origin(key, layers)
-    if first["type"] == "extra_forbidden":
-        raise UserError(f"unknown key {key} in {origin}")
-    if first["type"] == "missing":
-        raise UserError(f"{key} is missing in {origin}; add it")
-    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    if first["type"] in ("model_type", "model_attributes_type", "is_instance_of"):
-        message = f"must be a table, such as [{key}] with its keys below it"
-    raise UserError(f"{key} = {shown(first['input'])}: {message} ({origin})") from None
+    raise UserError(_sentence(key, first["type"], first["msg"], first["input"], _origin(key, layers))) from None
+
+
+_WORDS = {
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a string",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "model_type": "must be a table of settings",
+}
+
+
+def _sentence(key: str, kind: str, message: str, value: object, origin: str) -> str:
+    if kind == "extra_forbidden":
+        head, _, name = key.rpartition(".")
+        guess = nearest(name, FinalPhase.model_fields)
+        return f"unknown key {key} in {origin}" + (f"; did you mean {head}.{guess}?" if guess else "")
+    if kind == "missing":
+        return f"{key} is missing in {origin}; add it"
+    words = _WORDS.get(kind, message.removeprefix("Value error, ").replace("Input should be", "must be"))
+    return f"{key} = {shown(value)}: {words} ({origin})"
 
 
 def _origin(key: str, layers: list[Layer]) -> str:

@@ -6,12 +6,15 @@ Section 4.2 of the V3 report names the figures; `presets/deepseek-v3.toml` is th
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, model_validator
 
 from fireflyer.config import ModelConfig
 from fireflyer.train.quantities import parse_boundary, parse_quantity, resolve_boundary
+from fireflyer.train.ramp import BatchRamp
 
 Tokens = Annotated[int, PlainValidator(parse_quantity)]
 Boundary = Annotated[int | str, PlainValidator(parse_boundary)]
@@ -19,6 +22,12 @@ Fraction01 = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _device(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        raise ValueError("must be 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'")
+    return value
 
 
 class SettingError(ValueError):
@@ -34,7 +43,7 @@ class Table(BaseModel):
 
 
 class DataSettings(Table):
-    """[data]: what is read. `sources` are PATH[:WEIGHT] or builtin:NAME[:WEIGHT]; without `tokenizer` one is trained."""
+    """[data]: what is read: PATH[:WEIGHT] or builtin:NAME[:WEIGHT]. Without `tokenizer` one is trained on it."""
 
     sources: list[str] = []
     tokenizer: str | None = None
@@ -125,7 +134,7 @@ class Recipe(Table):
     eval_data: list[str] | None = None
     eval_rows: Annotated[int, Field(ge=1)] = 64
     log_every: Annotated[int, Field(ge=1)] = 1
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, PlainValidator(_device)] = "auto"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
     threads: Annotated[int, Field(ge=0)] = 0
@@ -138,6 +147,31 @@ class Recipe(Table):
     mtp: MtpSettings = MtpSettings()
     ema: EmaSettings = EmaSettings()
     parallel: ParallelSettings = ParallelSettings()
+
+    @property
+    def batch_ramp(self) -> BatchRamp:
+        schedule = self.schedule
+        return BatchRamp(
+            start=self.batch_size if schedule.batch_start is None else schedule.batch_start,
+            end=self.batch_size,
+            ramp_tokens=schedule.batch_ramp_tokens or 0,
+            multiple=schedule.batch_multiple,
+            seq_len=self.seq_len,
+        )
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the run; None while its length is in epochs (see recipe.with_epoch_tokens)."""
+        if self.steps is not None:
+            return self.steps
+        return None if self.tokens is None else self.batch_ramp.steps_to(self.tokens)
+
+    @property
+    def total_tokens(self) -> int | None:
+        """What shares such as "70%" are shares of: `tokens`, or what `steps` come to; None as for `total_steps`."""
+        if self.steps is not None:
+            return self.batch_ramp.tokens_after(self.steps)
+        return self.tokens
 
     @model_validator(mode="after")
     def _check_together(self) -> Recipe:
@@ -161,8 +195,10 @@ def _check_batches(recipe: Recipe) -> None:
     schedule, micro = recipe.schedule, recipe.parallel.micro_batch_size
     ramp = (schedule.batch_start, schedule.batch_ramp_tokens)
     if (ramp[0] is None) != (ramp[1] is None):
-        key = "batch_start" if ramp[0] is None else "batch_ramp_tokens"
+        key = "batch_ramp_tokens" if ramp[0] is None else "batch_start"
         raise SettingError(f"schedule.{key}", "schedule.batch_start and schedule.batch_ramp_tokens go together")
+    if schedule.batch_ramp_tokens == 0:
+        raise SettingError("schedule.batch_ramp_tokens", "schedule.batch_ramp_tokens = 0: leave it out for no ramp")
     if schedule.batch_start is not None and schedule.batch_start > recipe.batch_size:
         text = f"schedule.batch_start = {schedule.batch_start} is above batch_size = {recipe.batch_size}, where it ends"
         raise SettingError("schedule.batch_start", text)
@@ -192,18 +228,14 @@ def _check_sequences(recipe: Recipe) -> None:
 
 
 def _check_schedule(recipe: Recipe) -> None:
-    schedule = recipe.schedule
-    if isinstance(schedule.warmup_steps, int) and recipe.steps is not None and schedule.warmup_steps >= recipe.steps:
-        text = f"schedule.warmup_steps = {schedule.warmup_steps} must be below steps = {recipe.steps}"
+    schedule, steps, total = recipe.schedule, recipe.total_steps, recipe.total_tokens
+    if isinstance(schedule.warmup_steps, int) and steps is not None and schedule.warmup_steps >= steps:
+        text = f"schedule.warmup_steps = {schedule.warmup_steps} must be below the run's {steps} steps"
         raise SettingError("schedule.warmup_steps", text + ' (a share such as "2%" fits any length)')
     points = [("schedule.constant_until", schedule.constant_until), ("schedule.cosine_until", schedule.cosine_until)]
     points += [(f"schedule.final[{i}].until", phase.until) for i, phase in enumerate(schedule.final)]
-    for (key, point), (next_key, next_point) in zip(points, points[1:], strict=False):
-        # A share and a count can be compared only where the run's tokens are known without counting steps or data.
-        if isinstance(point, str) != isinstance(next_point, str) and (
-            recipe.tokens is None or recipe.steps is not None
-        ):
-            continue
-        total = recipe.tokens or 10**12
-        if resolve_boundary(point, total) > resolve_boundary(next_point, total):
+    for (key, point), (next_key, next_point) in pairwise(points):
+        if total is None and isinstance(point, str) != isinstance(next_point, str):
+            continue  # Checked when the data's length is known.
+        if resolve_boundary(point, total or 10**12) > resolve_boundary(next_point, total or 10**12):
             raise SettingError(next_key, f"{next_key} = {next_point!r} lies before {key} = {point!r}")
