@@ -25,12 +25,23 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fireflyer.config import load_config
-
-    config = load_config(args.config)
+    config = _config(args.config)
     facts = count(config)
     print(json.dumps(facts) if args.json else table(args.config, config, facts))
     return 0
+
+
+def _config(name: str) -> ModelConfig:
+    from fireflyer.config.files import find_config
+    from fireflyer.config.model_config import ModelConfig
+
+    path = find_config(name)
+    if path.suffix != ".toml":
+        return ModelConfig.from_file(path)
+    # A recipe may leave the vocabulary to its tokenizer, which its own reader knows.
+    from fireflyer.train.recipe import load_recipe
+
+    return load_recipe(name).model
 
 
 def count(config: ModelConfig) -> dict[str, Any]:

@@ -16,10 +16,14 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from fireflyer import __version__
-from fireflyer.cli import inspect
+from fireflyer.cli import export, inspect
 from fireflyer.errors import Stopped, UserError
 
-VERBS = {"inspect": inspect}
+VERBS = {"export": export, "inspect": inspect}
+
+
+class _Answered(Exception):
+    """The command line was answered while it was read."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,6 +31,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        raise _Answered  # argparse's own end of --help and --version; `error` never comes here
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -80,7 +87,10 @@ def _run(argv: Sequence[str]) -> int:
         close = get_close_matches(argv[0], [*VERBS, *parser.options()], n=1)
         guess = f"; did you mean {close[0]}?" if close else "."
         raise UserError(f"unknown verb {argv[0]!r}{guess} Verbs: {', '.join(VERBS)}")
-    args, unknown = parser.parse_known_args(argv)
+    try:
+        args, unknown = parser.parse_known_args(argv)
+    except _Answered:
+        return 0
     if unknown:
         subparsers.choices[args.verb].refuse(unknown[0])
     return VERBS[args.verb].run(args)
