@@ -47,9 +47,9 @@ def resolve_boundary(boundary: int | str, total: int) -> int:
 
 
 def format_quantity(count: int) -> str:
-    """The shortest exact spelling that `parse_quantity` reads back: 14800000000000 -> "14.8T", 12345 -> "12345"."""
+    """A short spelling that `parse_quantity` reads back exactly: 14633000000000 -> "14.633T", 12345678 -> "12345678"."""
     for suffix in ("T", "B", "M", "K"):
-        scaled = Fraction(count, SUFFIXES[suffix])
-        if scaled >= 1 and (scaled * 1000).denominator == 1:
-            return f"{float(scaled):.3f}".rstrip("0").rstrip(".") + suffix
+        thousandths, rest = divmod(count * 1000, SUFFIXES[suffix])
+        if 1000 <= thousandths < 10**6 and not rest:
+            return f"{thousandths / 1000:.3f}".rstrip("0").rstrip(".") + suffix
     return str(count)
