@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import json
 import re
 import shlex
@@ -161,6 +162,17 @@ def test_page_output_is_true(page: str, block: str, tmp_path: Path) -> None:
         [sys.executable, "-m", "fireflyer", *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.stdout.strip() == expected.strip(), done.stderr
+
+
+@pytest.mark.parametrize("path", document_paths(), ids=lambda path: path.name)
+def test_page_examples_are_true(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pycon blocks of a page, run in order as one session."""
+    monkeypatch.chdir(tmp_path)
+    session = "\n".join(re.findall(r"```pycon\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL))
+    test = doctest.DocTestParser().get_doctest(session, {}, path.name, path.name, 0)
+    said: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=said.append)
+    assert not said, "".join(said)
 
 
 @pytest.mark.parametrize("path", document_paths(), ids=lambda path: path.name)
