@@ -11,12 +11,16 @@ from torch.autograd.function import once_differentiable
 
 
 class _RMSNorm(torch.autograd.Function):
+    """Keeps the normed rows: the backward then needs one product and one matrix-vector product for both sums."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).to(x.dtype) * weight
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+        normed = wide * inverse
+        ctx.save_for_backward(normed, weight, inverse)
+        return normed.to(x.dtype) * weight
 
     @staticmethod
     @once_differentiable  # a second derivative would take `inverse` for a constant
@@ -24,13 +28,13 @@ class _RMSNorm(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor, Tensor, None]:
         (grad,) = grads
-        x, weight, inverse = ctx.saved_tensors
-        normed = x.float() * inverse
-        grad = grad.float()
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        scaled = grad * weight
-        grad_x = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * inverse
-        return grad_x.to(x.dtype), grad_weight, None
+        normed, weight, inverse = ctx.saved_tensors
+        wide = grad.float()
+        product = wide * normed
+        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        mean = torch.matmul(product, weight.float()).mul_(1 / normed.shape[-1]).unsqueeze(-1)
+        grad_x = (wide * weight).addcmul_(normed, mean, value=-1).mul_(inverse)
+        return grad_x.to(grad.dtype), grad_weight, None
 
 
 class RMSNorm(nn.Module):
@@ -57,13 +61,10 @@ class _SwiGLU(torch.autograd.Function):
         (grad,) = grads
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(grad, silu, out=grad_up)
-        # d silu(g)/dg = σ(g) · (1 + g · (1 - σ(g))) = σ(g) + silu(g) · (1 - σ(g))
-        torch.mul(grad * up, sigmoid.add_(silu - silu * sigmoid), out=grad_gate)
+        torch.mul(F.silu(gate), grad, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
         return grad_gate_up
 
 

@@ -64,8 +64,8 @@ def rope_frequencies(config: ModelConfig, device: torch.device | str | None = No
         return frequencies
     first, last = yarn_correction_range(scaling, dim, config.rope_theta)
     width = last - first if last != first else 0.001
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device=device) - first) / width).clamp(0, 1)
-    return frequencies / scaling.factor * ramp + frequencies * (1 - ramp)
+    kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32, device=device) - first) / width).clamp(0, 1)
+    return frequencies / scaling.factor * (1 - kept) + frequencies * kept
 
 
 def rope_cos_sin(frequencies: Tensor, positions_BT: Tensor, amplitude: float) -> tuple[Tensor, Tensor]:
