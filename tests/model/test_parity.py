@@ -45,7 +45,7 @@ def test_logits_equal_transformers_where_yarn_changes_the_amplitude(amplitudes, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_equal_transformers(kind, tiny, twin, their_names, ids):
-    """Every parameter's, after a cross entropy; the gate's weight too, which learns through the combine weights alone."""
+    """Every parameter's, after a cross entropy; the gate's too, which learns through the combine weights alone."""
     model = tiny(kind)
     theirs = twin(model)
     input_ids = ids(2, 64)
