@@ -1,4 +1,4 @@
-"""Tiny models of every family, made by transformers (the oracle) or by the decoder itself, and a naive tensor listing."""
+"""Tiny models of every family, made by transformers (the oracle) or by our own decoder, and a naive tensor listing."""
 
 from __future__ import annotations
 
@@ -156,4 +156,5 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    bits = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)

@@ -152,17 +152,16 @@ def _list_tensors(folder: Path) -> dict[str, StoredTensor]:
             raise UserError(
                 f"{folder / shard}: missing, though {INDEX} places {count} tensors there; download it again"
             )
-        held = read_header(folder / shard)
-        for name, stored in held.items():
+        for name, stored in read_header(folder / shard).items():
             if name not in weight_map:
                 raise UserError(
                     f"{folder / shard}: holds {shown(name, 120)}, which {INDEX} doesn't list; get both anew"
                 )
             if weight_map[name] == shard:
                 tensors[name] = stored
-        for name in weight_map:
-            if weight_map[name] == shard and name not in held:
-                raise UserError(f"{folder / shard}: {name} isn't in it, though {INDEX} says so; download both again")
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise UserError(f"{folder / shard}: {shown(name, 120)} isn't in it, though {INDEX} says so; get both anew")
     return tensors
 
 

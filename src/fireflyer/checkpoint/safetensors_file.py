@@ -95,7 +95,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            if start == b"version ":
+                raise UserError(f"{path}: a Git LFS pointer, not the weights; fetch them with git lfs pull")
+            length = int.from_bytes(start, "little")
             if size < 8 or length > size - 8 or length > _MAX_HEADER_BYTES:
                 raise UserError(f"{path}: not a safetensors file, or cut short ({size} bytes); {again}")
             header = json.loads(file.read(length))
