@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import time
 
 import pytest
 import torch
 
 from fireflyer import LLM, SamplingParams, UserError, save_model
 from fireflyer.infer import model_runner
+from fireflyer.infer.engine import Engine
 
 VOCAB_SIZE = 300
 
@@ -226,18 +228,59 @@ def test_a_stream_is_the_answer_in_parts(model, tokenizer):
         llm.stream([300])
 
 
-def test_leaving_an_async_stream_ends_it_within_a_step(model, tokenizer, monkeypatch):
-    from fireflyer.infer.engine import Engine
+class SlowSteps:
+    """Counts the engine's steps, each of 20 ms at least."""
 
-    steps = []
-    step = Engine.step
-    monkeypatch.setattr(Engine, "step", lambda engine: (steps.append(1), step(engine))[1])
+    def __init__(self, monkeypatch):
+        self.count = 0
+        step = Engine.step
+
+        def slow(engine):
+            self.count += 1
+            time.sleep(0.02)
+            return step(engine)
+
+        monkeypatch.setattr(Engine, "step", slow)
+
+
+def test_the_event_loop_stays_free_while_a_stream_runs(model, tokenizer, monkeypatch):
+    SlowSteps(monkeypatch)
+    llm = LLM.from_model(model, tokenizer)
+    ticks = 0
+
+    async def tick():
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.002)
+            ticks += 1
+
+    async def stream():
+        ticker = asyncio.create_task(tick())
+        async for _ in llm.stream([5], SamplingParams(max_tokens=10, ignore_eos=True)):
+            pass
+        ticker.cancel()
+
+    asyncio.run(stream())
+    assert ticks > 20
+
+
+def test_leaving_an_async_stream_ends_it_within_a_step(model, tokenizer, monkeypatch):
+    steps = SlowSteps(monkeypatch)
     llm = LLM.from_model(model, tokenizer)
 
     async def leave():
         async for _ in llm.stream([5], SamplingParams(max_tokens=100, ignore_eos=True)):
             break
+        return steps.count
+
+    async def cancel():
+        task = asyncio.create_task(leave())
+        await asyncio.sleep(0.01)  # in the middle of the first step
+        task.cancel()
         await asyncio.sleep(0.2)
 
-    asyncio.run(leave())
-    assert len(steps) <= 10
+    left_at = asyncio.run(leave())
+    time.sleep(0.1)
+    assert steps.count == left_at
+    asyncio.run(cancel())
+    assert steps.count <= left_at + 1

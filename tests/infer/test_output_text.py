@@ -63,7 +63,9 @@ def test_any_cutting_gives_what_reading_by_character_gives(pieces, rest, stop):
     ("text", "stop", "found"),
     [
         ("abcd", ["abcd", "c"], (2, "c")),
+        ("abcd", ["c", "abcd"], (2, "c")),
         ("xabc", ["c", "abc"], (1, "abc")),
+        ("xabc", ["abc", "c"], (1, "abc")),
         ("aXbY", ["Y", "X"], (1, "X")),
         ("abc", ["x"], None),
     ],

@@ -7,7 +7,7 @@ import torch
 
 from fireflyer.errors import UserError
 from fireflyer.infer import sampler
-from fireflyer.infer.sampler import Sampler, draw, filter_min_p, filter_top_k, filter_top_p, scale_temperature
+from fireflyer.infer.sampler import Sampler, draw, filter_min_p, filter_top_k, filter_top_p
 from fireflyer.infer.sampling_params import SamplingParams
 
 
@@ -137,12 +137,19 @@ def test_draw_inverts_the_distribution_and_never_takes_what_is_filtered_out():
     assert draw(logits_BV, uniform_B).tolist() == [1, 1, 3, 3, 3]
 
 
-def test_extreme_temperatures():
-    logits_BV = torch.tensor([[1e4, 1e4 - 1e-2, -1e4]] * 3)
-    scaled = scale_temperature(logits_BV, torch.tensor([1e-30, 1.0, 1e30]))
-    assert not scaled.isnan().any()
-    assert draw(scaled[:1], torch.tensor([0.999], dtype=torch.float64)).tolist() == [0]
-    assert draw(scaled[2:], torch.tensor([0.999], dtype=torch.float64)).tolist() == [2]
+def test_draw_is_exact_over_a_large_vocabulary():
+    """129,280 equal tokens: the middle of each one's share is that token, up to the last."""
+    tokens = [0, 1000, 70_001, 129_278, 129_279]
+    uniform_B = (torch.tensor(tokens, dtype=torch.float64) + 0.5) / 129_280
+    assert draw(torch.zeros(len(tokens), 129_280), uniform_B).tolist() == tokens
+
+
+@pytest.mark.parametrize(("temperature", "token"), [(1e-37, 0), (1e-320, 0), (1e37, 2), (1e300, 2)])
+def test_extreme_temperatures(temperature, token):
+    """Down to where fp32 holds no such number: the coldest takes the maximum, the hottest takes all alike."""
+    logits_BV = torch.tensor([[1e4, 1e4 - 1e-2, -1e4, -math.inf]])
+    params = SamplingParams(temperature=temperature, top_k=3)
+    assert Sampler([params])(logits_BV, [0.9]) == [token]
 
 
 def test_a_row_does_not_depend_on_its_neighbours():

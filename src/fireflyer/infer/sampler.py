@@ -20,9 +20,8 @@ _NUCLEUS_WIDTH = 1024
 
 
 def scale_temperature(logits_BV: Tensor, temperature_B: Tensor) -> Tensor:
-    """Logits over temperature, shifted so that each row's maximum is 0: no temperature above 0 can overflow. fp32."""
-    logits_BV = logits_BV.float()
-    return (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature_B[:, None]
+    """Logits over temperature, fp32. Temperatures that fp32 can't divide by count as 1e-30 or 1e30: the same choice."""
+    return logits_BV.float() / temperature_B.clamp(1e-30, 1e30)[:, None]
 
 
 def filter_min_p(logits_BV: Tensor, min_p_B: Tensor) -> Tensor:
