@@ -1,4 +1,4 @@
-"""Balance: the sequence-wise loss against the report's sums, the bias rule by hand and at work, counts under recompute."""
+"""Balance: the sequence-wise loss against the report's sums, the bias rule by hand and at work, recomputation."""
 
 import pytest
 import torch
