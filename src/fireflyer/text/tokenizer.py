@@ -160,10 +160,17 @@ class Tokenizer:
         encodings = self._guard(self._plain.encode_batch_fast, texts)
         return [encoding.ids for encoding in encodings]
 
-    def encode_batch_with_starts(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """As encode_batch, each with the character at which every token starts (slower)."""
+    def encode_batch_from(self, texts: Sequence[str], characters: Sequence[int]) -> list[tuple[list[int], int]]:
+        """As encode_batch, each with the place of the first token that starts at or after the given character
+        (the number of tokens if none does). Slower than encode_batch."""
         encodings = self._guard(self._plain.encode_batch, texts)
-        return [(encoding.ids, [start for start, _ in encoding.offsets]) for encoding in encodings]
+        return [
+            (
+                encoding.ids,
+                next((i for i, (start, _) in enumerate(encoding.offsets) if start >= character), len(encoding)),
+            )
+            for encoding, character in zip(encodings, characters, strict=True)
+        ]
 
     def encode_chat(
         self,
