@@ -13,7 +13,8 @@ RELEASED_V3 = json.loads((Path(__file__).parent / "released_v3.json").read_text(
 
 def write_config(folder: Path, vocab_size: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**RELEASED_V3, "vocab_size": vocab_size}))
+    text = json.dumps({**RELEASED_V3, "vocab_size": vocab_size})
+    (folder / "config.json").write_text(text, encoding="utf-8-sig")  # as some Windows editors save it
     return folder
 
 
