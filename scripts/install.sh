@@ -18,7 +18,7 @@ command -v "$python" >/dev/null 2>&1 ||
 need_venv_module() {
     # Debian and its children split ensurepip off into pythonX.Y-venv; without it `-m venv` leaves a broken folder.
     "$python" -c 'import ensurepip, venv' 2>/dev/null && return
-    package=$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
+    package=python$version-venv
     command -v apt-get >/dev/null 2>&1 ||
         stop "this Python has no venv module (ensurepip is missing): install it with your system's package manager"
     if [ "$(id -u)" -ne 0 ]; then
@@ -40,8 +40,10 @@ need_venv_module() {
 }
 
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-        stop "$("$python" --version) is too old: Python 3.10 or newer is needed; name one with PYTHON=/path/to/python3"
+    version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    case $version in
+    2.* | 3.?) stop "Python $version is too old: 3.10 or newer is needed; name one with PYTHON=/path/to/python3" ;;
+    esac
     if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
         stop "VENV=$venv exists and is no Python environment with pip: name another folder"
     fi
