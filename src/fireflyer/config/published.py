@@ -64,11 +64,21 @@ def from_published(published: dict[str, Any], field_names: Collection[str], sour
     fields["model_type"] = model_type
     if "num_mtp_layers" in given:
         fields.setdefault("num_nextn_predict_layers", given["num_mtp_layers"])
-    is_v2 = model_type == "deepseek_v2"
+    _set_defaults(fields, published)
+    _check_head_widths(given, source)
+    _check_quantization(given.get("quantization_config"), source)
+    fields["rope_theta"], fields["rope_scaling"] = _rope(given, source)
+    fields["extra"] = {key: value for key, value in given.items() if key in _CARRIED}
+    return fields
+
+
+def _set_defaults(fields: dict[str, Any], published: dict[str, Any]) -> None:
+    """What an absent key means, or one given as null."""
+    is_v2 = fields["model_type"] == "deepseek_v2"
     fields.setdefault("scoring_func", "softmax" if is_v2 else "sigmoid")
     fields.setdefault("topk_method", "greedy" if is_v2 else "noaux_tc")
     fields.setdefault("norm_topk_prob", not is_v2)
-    if "q_lora_rank" in published and not published["q_lora_rank"]:
+    if published.get("q_lora_rank", 1) in (None, 0):
         fields["q_lora_rank"] = None
     for count in ("n_shared_experts", "n_routed_experts"):
         if count in published:
@@ -76,11 +86,6 @@ def from_published(published: dict[str, Any], field_names: Collection[str], sour
     if fields.get("n_routed_experts") == 0:
         for key, unused in (("num_experts_per_tok", 0), ("moe_intermediate_size", 1), ("routed_scaling_factor", 1.0)):
             fields.setdefault(key, unused)
-    _check_head_widths(given, source)
-    _check_quantization(given.get("quantization_config"), source)
-    fields["rope_theta"], fields["rope_scaling"] = _rope(given, source)
-    fields["extra"] = {key: value for key, value in given.items() if key in _CARRIED}
-    return fields
 
 
 def to_published(fields: dict[str, Any]) -> dict[str, Any]:
