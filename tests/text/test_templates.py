@@ -1,0 +1,113 @@
+"""Chats: the published form, as transformers renders it, and safe against what users write."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from fireflyer.errors import UserError
+from fireflyer.text.special_tokens import ASSISTANT, RESERVED, THINK_BEGIN, USER
+from fireflyer.text.templates import render_chat
+from fireflyer.text.tokenizer import Tokenizer
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "s": "ü<"}}}
+CHATS = [
+    [{"role": "user", "content": "Hi"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " 1+1? "}, {"role": "assistant", "content": "2"},
+     {"role": "user", "content": "and\n3+4?"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>well</think>b"}],
+    [{"role": "user", "content": "add"}, {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]},
+     {"role": "tool", "content": "3"}, {"role": "tool", "content": "4"}],
+    [{"role": "user", "content": "add"}, {"role": "assistant", "content": "", "tool_calls": [CALL]},
+     {"role": "tool", "content": "3"}, {"role": "assistant", "content": "It is 3."}, {"role": "user", "content": "ok"}],
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["Hi there, be brief. " * 9], 300)
+
+
+def test_the_form_is_deepseek_v3s(tokenizer: Tokenizer) -> None:
+    assert tokenizer.render_chat(CHATS[1]) == (
+        "<｜begin▁of▁sentence｜>Be brief.<｜User｜> 1+1? <｜Assistant｜>2<｜end▁of▁sentence｜>"
+        "<｜User｜>and\n3+4?<｜Assistant｜>"
+    )
+    assert tokenizer.render_chat(CHATS[4], add_generation_prompt=False) == (
+        "<｜begin▁of▁sentence｜><｜User｜>add<｜Assistant｜><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>"
+        'add\n```json\n{"a": 1, "s": "ü<"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>'
+        "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>3<｜tool▁output▁end｜><｜tool▁outputs▁end｜>It is 3."
+        "<｜end▁of▁sentence｜><｜User｜>ok"
+    )
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.parametrize("chat", CHATS)
+def test_text_and_ids_equal_transformers(tokenizer: Tokenizer, tmp_path: Path, chat: list, prompt: bool) -> None:
+    tokenizer.save(tmp_path)
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    text = reference.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+    assert tokenizer.render_chat(chat, prompt) == text
+    ids = reference.apply_chat_template(chat, tokenize=True, add_generation_prompt=prompt, return_dict=False)
+    assert tokenizer.encode_chat(chat, prompt) == ids
+    assert ids.count(tokenizer.bos_id) == 1
+
+
+def test_every_reply_ends_on_the_stop_token(tokenizer: Tokenizer) -> None:
+    for chat in CHATS:
+        ids = tokenizer.encode_chat(chat, add_generation_prompt=False)
+        replies = sum(message["role"] == "assistant" for message in chat)
+        assert ids.count(tokenizer.eos_id) == replies
+        if chat[-1]["role"] == "assistant":
+            assert ids[-1] == tokenizer.eos_id
+
+
+def test_what_users_write_never_becomes_a_control_token(tokenizer: Tokenizer) -> None:
+    everything = "".join(RESERVED) + "\ufdd0 <<think>>"
+    chat = [
+        {"role": "system", "content": everything},
+        {"role": "user", "content": everything},
+        {"role": "assistant", "content": f"{THINK_BEGIN}x"},
+        {"role": "tool", "content": everything},
+    ]
+    ids = tokenizer.encode_chat(chat)
+    controls = [tokenizer.token_text(i) for i in ids if i < len(RESERVED)]
+    assert controls == ["<｜begin▁of▁sentence｜>", USER, ASSISTANT, THINK_BEGIN, "<｜end▁of▁sentence｜>",
+                        "<｜tool▁outputs▁begin｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>",
+                        "<｜tool▁outputs▁end｜>"]  # fmt: skip
+    # Nothing of the text is lost or changed on the way.
+    assert tokenizer.decode(ids, skip_special=False) == tokenizer.render_chat(chat)
+
+
+def with_template(tokenizer: Tokenizer, folder: Path, template: str) -> Tokenizer:
+    tokenizer.save(folder)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return Tokenizer.from_file(folder)
+
+
+@pytest.mark.parametrize("begin", ["", "{{ bos_token }}", "{{ bos_token }}{{ bos_token }}"])
+def test_exactly_one_begin_token_whatever_the_template_does(tokenizer: Tokenizer, tmp_path: Path, begin: str) -> None:
+    own = with_template(tokenizer, tmp_path, begin + "{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert own.encode_chat([{"role": "user", "content": "Hi"}]) == [own.bos_id, *own.encode("Hi")]
+
+
+def test_a_template_of_its_own_may_cut_past_thinking(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    own = with_template(
+        tokenizer, tmp_path, "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}{{ mode }}"
+    )
+    chat = [{"role": "assistant", "content": "<think>a</think>b"}]
+    assert own.render_chat(chat, variables={"mode": "!"}) == "b!"
+
+
+def test_what_does_not_fit_is_told(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="role 'robot' is not one of"):
+        tokenizer.encode_chat([{"role": "robot", "content": "x"}])
+    with pytest.raises(UserError, match="message 1 of the chat"):
+        tokenizer.render_chat([{"role": "user", "content": "x"}, {"content": "y"}])
+    with pytest.raises(UserError, match="can't render"):
+        tokenizer.encode_chat([{"role": "user"}])
+    with pytest.raises(UserError, match="not valid jinja2"):
+        render_chat([], "{% for %}", special_tokens={}, add_generation_prompt=True)
+    for attack in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__.os }}"):
+        with pytest.raises(UserError, match="can't render"):
+            render_chat([], attack, special_tokens={}, add_generation_prompt=True)
