@@ -137,11 +137,15 @@ def test_draw_inverts_the_distribution_and_never_takes_what_is_filtered_out():
     assert draw(logits_BV, uniform_B).tolist() == [1, 1, 3, 3, 3]
 
 
-def test_draw_is_exact_over_a_large_vocabulary():
-    """129,280 equal tokens: the middle of each one's share is that token, up to the last."""
-    tokens = [0, 1000, 70_001, 129_278, 129_279]
-    uniform_B = (torch.tensor(tokens, dtype=torch.float64) + 0.5) / 129_280
-    assert draw(torch.zeros(len(tokens), 129_280), uniform_B).tolist() == tokens
+def test_draw_reaches_every_rare_token_of_a_large_vocabulary():
+    """One token of 99.9% and 129,279 that share the rest: points as far apart as one share fall on as many tokens."""
+    rest = 129_279
+    logits_V = torch.zeros(rest + 1)
+    logits_V[0] = math.log(999 * rest)
+    uniform_B = 1 - (torch.arange(100, dtype=torch.float64) + 0.5) * 0.001 / rest
+    tokens = draw(logits_V.expand(100, -1), uniform_B).tolist()
+    assert len(set(tokens)) >= 99
+    assert min(tokens) > rest - 200
 
 
 @pytest.mark.parametrize(("temperature", "token"), [(1e-37, 0), (1e-320, 0), (1e37, 2), (1e300, 2)])

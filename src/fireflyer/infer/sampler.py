@@ -75,7 +75,7 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """One token a row by inverting the row's distribution at uniform_B (fp64, in [0, 1)). int64 (B,).
 
     One number a row, so a request's random stream moves by one a token whatever the vocabulary or the batch. The sums
-    are fp64: in fp32 the last of 129,280 tokens would be off by more than their own probability.
+    are fp64: next to 1, fp32 has no room for tokens rarer than 6e-8, and a large vocabulary has many.
     """
     cumulative_BV = logits_BV.softmax(-1, dtype=torch.float32).double().cumsum(-1)
     points_B1 = (uniform_B * cumulative_BV[:, -1])[:, None]
