@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -12,6 +12,8 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Conf
 
 from fireflyer.config import ModelConfig
 from fireflyer.model.decoder import Decoder, init_weights_
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 WIDTHS = {
     "vocab_size": 64,
@@ -68,17 +70,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def transformers_model(family: str, **changes: Any) -> torch.nn.Module:
-    """A random model; its gate biases are negative, which closed groups at 0 instead of -inf would show."""
+def transformers_model(family: str) -> torch.nn.Module:
+    """A random model of a family."""
     torch.manual_seed(0)
-    settings = {**WIDTHS, **FAMILIES[family], **changes}
+    settings = {**WIDTHS, **FAMILIES[family]}
     if family.startswith("v2"):
-        return DeepseekV2ForCausalLM(DeepseekV2Config(**settings)).eval()
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**settings)).eval()
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.uniform_(-1.5, -1.0)
-    return model
+        return _tell_apart(DeepseekV2ForCausalLM(DeepseekV2Config(**settings)).eval())
+    return _tell_apart(DeepseekV3ForCausalLM(DeepseekV3Config(**settings)).eval())
 
 
 def own_config(**changes: Any) -> ModelConfig:
@@ -88,10 +86,19 @@ def own_config(**changes: Any) -> ModelConfig:
 
 def own_model(**changes: Any) -> Decoder:
     model = Decoder(own_config(**changes))
-    generator = torch.Generator().manual_seed(7)
-    init_weights_(model, generator)
-    for _, bias in model.gate_biases():
-        bias.uniform_(-1.5, -1.0, generator=generator)
+    init_weights_(model, torch.Generator().manual_seed(7))
+    return _tell_apart(model)
+
+
+@torch.no_grad()
+def _tell_apart(model: M) -> M:
+    """Norms that differ, so that swapped ones show; gate biases below 0, which closed groups at 0 would show."""
+    generator = torch.Generator().manual_seed(8)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("norm.weight"):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        if name.endswith("e_score_correction_bias"):
+            tensor.uniform_(-1.5, -1.0, generator=generator)
     return model
 
 

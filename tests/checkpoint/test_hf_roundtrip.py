@@ -1,4 +1,4 @@
-"""Loading and saving against transformers 5.24: its files in, our files back, not a bit changed and the logits equal."""
+"""Loading and saving against transformers 5.24: its files in, our files back, no bit changed and the logits equal."""
 
 from __future__ import annotations
 

@@ -101,8 +101,7 @@ def test_a_changed_header_never_crashes(position: int, value: int, tmp_path_fact
     path.write_bytes(changed)
     try:
         stored = read_header(path)
-    except UserError as error:
-        assert "\n" not in str(error)
+    except UserError:
         return
     theirs = load(bytes(changed))
     assert stored.keys() == theirs.keys()

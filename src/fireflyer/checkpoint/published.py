@@ -101,7 +101,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     for name in [name for name in tensors if _is_stray(name, config)]:
         del tensors[name]
     _check_names(folder, config, places, tensors)
-    _check_tensors(places, tensors)
+    for name, place in places.items():
+        _check_tensor(name, tensors[name], place)
     for name, original in _copies(config, places):
         if name in tensors:
             _check_copy(name, tensors[name], original, tensors[original])
@@ -121,12 +122,11 @@ def open_ema(checkpoint: Checkpoint) -> Checkpoint:
     tensors = dict(checkpoint.tensors)
     for place in published_places(checkpoint.config):
         source = averaged.get(place.name) or averaged.get(place.copy_of or "")
-        if source is not None and source.shape != place.shape:
-            raise UserError(_misshaped(EMA_PREFIX + place.name, source, place))
-        if source is None and not place.is_gate_bias:
-            raise UserError(f"{path}: no averaged {place.name} is in it, though others are; leave --ema out")
         if source is not None:
+            _check_tensor(source.name, source, place)
             tensors[place.name] = source
+        elif not place.is_gate_bias:
+            raise UserError(f"{path}: no averaged {place.name} is in it, though others are; leave --ema out")
     return Checkpoint(checkpoint.folder, checkpoint.config, tensors)
 
 
@@ -249,22 +249,16 @@ def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _check_tensors(places: dict[str, Place], tensors: dict[str, StoredTensor | BlockFP8Tensor]) -> None:
-    for name, place in places.items():
-        tensor = tensors[name]
-        if tensor.shape != place.shape:
-            raise UserError(_misshaped(name, tensor, place))
-        if tensor.dtype not in FLOATS:
-            raise UserError(
-                f"{tensor.path}: {name} is {_kind(tensor)}, which isn't read; convert to float32, bfloat16 or float16"
-            )
-
-
-def _misshaped(name: str, tensor: StoredTensor | BlockFP8Tensor, place: Place) -> str:
-    return (
-        f"{tensor.path}: {name} has shape {tensor.shape}, but {CONFIG} makes it {place.shape}; give the {CONFIG} that"
-        " belongs to the weights"
-    )
+def _check_tensor(name: str, tensor: StoredTensor | BlockFP8Tensor, place: Place) -> None:
+    if tensor.shape != place.shape:
+        raise UserError(
+            f"{tensor.path}: {name} has shape {tensor.shape}, but {CONFIG} makes it {place.shape}; give the"
+            f" {CONFIG} that belongs to the weights"
+        )
+    if tensor.dtype not in FLOATS:
+        raise UserError(
+            f"{tensor.path}: {name} is {_kind(tensor)}, which isn't read; convert to float32, bfloat16 or float16"
+        )
 
 
 def _kind(tensor: StoredTensor | BlockFP8Tensor) -> str:
@@ -295,5 +289,5 @@ def _check_copy(
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype == b.dtype:
-        a, b = a.view(torch.uint8), b.view(torch.uint8)  # NaN equals itself, and -0 isn't 0
+        return torch.equal(a.view(torch.uint8), b.view(torch.uint8))  # NaN equals itself, and -0 isn't 0
     return torch.equal(a.float(), b.float())
