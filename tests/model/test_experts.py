@@ -156,3 +156,22 @@ def test_a_layer_without_shared_experts(tiny, ids):
     model = tiny("v3", n_shared_experts=0)
     assert not any("shared" in name for name in model.state_dict())
     assert model(ids(1, 5)).logits.isfinite().all()
+
+
+def test_autocast_reaches_the_experts_and_spares_the_gate(tiny, ids):
+    """torch's list of lowered operations lacks grouped_mm: the experts lower their own; gradients stay fp32."""
+    model = tiny("v3")
+    layer = model.model.layers[1].mlp
+    x = torch.randn(2, 30, 48, generator=torch.Generator().manual_seed(0))
+    seen = []
+    handle = layer.experts.register_forward_hook(lambda _module, _inputs, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, routing = layer(x)
+    handle.remove()
+    assert seen == [torch.bfloat16]
+    exact, exact_routing = layer(x)
+    assert routing.scores_NE.dtype == torch.float32
+    assert torch.equal(routing.indices_NK, exact_routing.indices_NK)
+    assert 0 < (y.detach() - exact.detach()).std() < 0.02 * exact.detach().std()
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.experts.parameters())

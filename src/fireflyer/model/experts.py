@@ -71,6 +71,10 @@ class _Combine(torch.autograd.Function):
 
 def grouped_linear(x_MD: Tensor, weight_EOD: Tensor, ends_E: Tensor) -> Tensor:
     """x · Wᵀ where rows up to `ends_E[e]` (int32, cumulative) belong to expert e: (M, D) by (E, O, D) gives (M, O)."""
+    device = x_MD.device.type
+    if torch.is_autocast_enabled(device):  # which knows linear layers, but not grouped_mm
+        dtype = torch.get_autocast_dtype(device)
+        x_MD, weight_EOD = x_MD.to(dtype), weight_EOD.to(dtype)
     if _has_grouped_mm(x_MD, weight_EOD):
         return F.grouped_mm(x_MD, weight_EOD.transpose(1, 2), offs=ends_E)
     parts, start = [], 0

@@ -85,7 +85,10 @@ def sequence_balance_loss(scores_NE: Tensor, shape_BT: tuple[int, int], num_expe
 
 def expert_counts(indices_NK: Tensor, num_experts: int) -> Tensor:
     """How many tokens chose each expert: (E,) int64."""
-    return torch.bincount(indices_NK.flatten(), minlength=num_experts)
+    # Not bincount: it waits for a GPU to learn its own size.
+    chosen_M = indices_NK.flatten()
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=chosen_M.device)
+    return counts_E.scatter_add_(0, chosen_M, torch.ones_like(chosen_M))
 
 
 def update_gate_bias_(bias_E: Tensor, counts_E: Tensor, speed: float) -> None:
