@@ -1,0 +1,117 @@
+"""A run's events, drawn: a live line and a bar on a terminal, now and then a plain line elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.text import Text
+
+from fireflyer.train.events import Evaluated, Event, Finished, Notice, Saved, Started, StepDone, StepMetrics
+
+PLAIN_EVERY_S = 10.0
+
+
+class Progress:
+    """Prints a run's events to `stream`. With `usd_per_hour` the cost so far stands beside the time left."""
+
+    def __init__(self, stream: TextIO, usd_per_hour: float | None = None) -> None:
+        self._console = Console(file=stream, highlight=False, soft_wrap=True)
+        self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        self._usd_per_hour = usd_per_hour
+        self._bits_per_byte: float | None = None
+        self._last_line_at = float("-inf")
+        self._recent: list[StepMetrics] = []
+
+    def __enter__(self) -> Progress:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, StepDone):
+            self._step(event)
+        elif isinstance(event, Evaluated):
+            self._bits_per_byte = event.bits_per_byte
+            self._say(
+                f"step {event.step:,}: held-out loss {event.eval_loss:.3f}, {event.bits_per_byte:.3f} bits a byte"
+            )
+        else:
+            self._say(_sentence(event, self._recent, self._bits_per_byte))
+
+    def _step(self, event: StepDone) -> None:
+        self._recent = [*self._recent[-19:], event.metrics]
+        line = status_line(self._recent, event.total_steps, self._bits_per_byte, self._usd_per_hour)
+        if self._console.is_terminal:
+            bar = ProgressBar(total=event.total_steps, completed=event.metrics.step)
+            shown: RenderableType = Group(bar, Text(line, no_wrap=True, overflow="ellipsis"))
+            self._live.update(shown, refresh=True)
+        elif time.monotonic() - self._last_line_at >= PLAIN_EVERY_S or event.metrics.step == event.total_steps:
+            self._last_line_at = time.monotonic()
+            self._say(line)
+
+    def _say(self, line: str) -> None:
+        self._console.print(Text(line))
+
+
+def status_line(
+    recent: list[StepMetrics], total_steps: int, bits_per_byte: float | None, usd_per_hour: float | None
+) -> str:
+    """The last step in one line; speed and time left from the mean of the recent steps."""
+    now = recent[-1]
+    speed = len(recent) / sum(1 / step.tokens_per_s for step in recent)
+    seconds_a_step = (now.train_s - recent[0].train_s) / max(1, now.step - recent[0].step)
+    parts = [f"step {now.step:,}/{total_steps:,}", f"loss {now.loss:.3f}"]
+    if bits_per_byte is not None:
+        parts.append(f"{bits_per_byte:.3f} bits/byte")
+    parts += [
+        f"{speed:,.0f} tok/s",
+        f"balance +{now.max_vio:.0%}",
+        f"left {duration(seconds_a_step * (total_steps - now.step))}",
+    ]
+    if usd_per_hour is not None:
+        parts.append(f"${now.train_s / 3600 * usd_per_hour:.4f}")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 5 s, 2 h 10 min, 54 d 5 h."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    whole = max(0, round(seconds))
+    first = next((i for i, (_, size) in enumerate(units) if whole >= size), 3)
+    parts = []
+    for name, size in units[first : first + 2]:
+        count, whole = divmod(whole, size)
+        parts += [f"{count} {name}"] if count or not parts else []
+    return " ".join(parts)
+
+
+def _sentence(event: Notice | Started | Saved | Finished, recent: list[StepMetrics], bits: float | None) -> str:
+    if isinstance(event, Notice):
+        return event.text
+    if isinstance(event, Saved):
+        return f"step {event.step:,}: saved {event.path.name}"
+    if isinstance(event, Started):
+        begins = f"goes on after step {event.step:,} of" if event.step else "begins:"
+        return (
+            f"{event.run_dir}: {begins} {event.total_steps:,} steps, {event.total_tokens:,} tokens;"
+            f" {event.parameters:,} parameters; {event.device}, {event.dtype}, {_threads(event.threads)}"
+        )
+    if event.already:
+        return f"{event.run_dir}: finished already, at step {event.step:,}; for more give --set steps=N beyond that"
+    took = f" in {duration(recent[-1].train_s)}" if recent else ""
+    scored = f"; held-out text {bits:.3f} bits a byte" if bits is not None else ""
+    return f"{event.run_dir}: finished {event.step:,} steps{took}{scored}. Now: fireflyer chat {event.run_dir}"
+
+
+def _threads(threads: int) -> str:
+    return f"{threads} thread" + ("s" if threads != 1 else "")
