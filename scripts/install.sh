@@ -39,17 +39,21 @@ need_venv_module() {
     rm -f "$log"
 }
 
-if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+made="$venv/.fireflyer-made" # only an environment made here may be made again
+if ! "$venv/bin/python" -c '' >/dev/null 2>&1; then
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     case $version in
     2.* | 3.?) stop "Python $version is too old: 3.10 or newer is needed; name one with PYTHON=/path/to/python3" ;;
     esac
-    if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
-        stop "VENV=$venv exists and is no Python environment with pip: name another folder"
+    if [ -e "$venv" ] && [ ! -e "$made" ]; then
+        stop "VENV=$venv exists and is no Python environment that runs: remove it, or name another folder"
     fi
     need_venv_module
     say "making $venv with $("$python" --version)"
     "$python" -m venv --clear "$venv"
+    touch "$made"
+elif ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    "$venv/bin/python" -m ensurepip >/dev/null || stop "VENV=$venv has no pip, and ensurepip cannot bring it: install pip there"
 fi
 
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }

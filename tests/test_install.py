@@ -12,6 +12,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+STUB_PYTHON = """#!/bin/sh
+echo "env $*" >>"{log}"
+case "$*" in
+"-m pip --version") exit {pip_missing} ;;
+*importlib*torch*) cat "{torch}" ;;
+*"install -qq torch"*) printf 2.13.0 >"{torch}" ;;
+*--constraint*)
+    file=$(echo "$*" | sed 's/.*--constraint \\([^ ]*\\).*/\\1/')
+    sed "s/^/constraint /" "$file" >>"{log}" ;;
+esac
+"""
+
 
 @dataclass
 class Machine:
@@ -40,20 +52,16 @@ class Machine:
     def without_ensurepip(self) -> None:
         self.program("python3", f'case "$*" in *ensurepip*) exit 1;; *) exec {sys.executable} "$@";; esac')
 
-    def with_environment(self, torch: str | None) -> None:
+    def with_environment(self, torch: str | None, pip: bool = True) -> None:
         """An environment whose python says which torch it has; installing torch gives it 2.13.0."""
         scripts = self.folder / "env" / "bin"
         scripts.mkdir(parents=True)
-        (self.folder / "env" / "pyvenv.cfg").touch()
         have = self.folder / "torch"
         if torch:
             have.write_text(torch)
         python = scripts / "python"
         python.write_text(
-            f'#!/bin/sh\necho "env $*" >>"{self.folder}/log"\n'
-            f'case "$*" in\n*importlib*torch*) cat "{have}" ;;\n*"install -qq torch"*) printf 2.13.0 >"{have}" ;;\n'
-            '*--constraint*) sed "s/^/constraint /" '
-            f'"$(echo "$*" | sed "s/.*--constraint \\([^ ]*\\).*/\\1/")" >>"{self.folder}/log" ;;\nesac\n'
+            STUB_PYTHON.format(log=self.folder / "log", torch=have, pip_missing=int(not pip)), encoding="utf-8"
         )
         python.chmod(0o755)
 
@@ -110,6 +118,14 @@ def test_a_folder_that_is_no_environment_is_left_alone(machine: Machine) -> None
     assert done.returncode == 1
     assert "is no Python environment" in done.stderr
     assert mine.read_text() == "mine"
+
+
+def test_an_environment_without_pip_gets_it_and_is_kept(machine: Machine) -> None:
+    machine.with_environment(torch="2.99.0+rocm", pip=False)
+    done = machine.install()
+    assert done.returncode == 0, done.stderr
+    assert "env -m ensurepip" in machine.log()
+    assert "constraint torch==2.99.0+rocm" in machine.log()
 
 
 @pytest.mark.parametrize("what", ["core", "dev"])
