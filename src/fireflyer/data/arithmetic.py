@@ -1,8 +1,9 @@
 """builtin:arithmetic: sums and differences with written-out working, without end.
 
 Out: documents like `12345678+00000042=` (the prompt, no loss) followed by the working from the last digit to the first,
-each place as the two digits, the carry or borrow, and the digit of the result, and then the result. All documents have
-the same length, digits are single tokens, so rows of that many tokens hold one problem each.
+each place as its letter, the two digits, the carry or borrow, and the digit of the result (`a8210b7402…`), and then the
+result. All documents have the same length, digits are single tokens, so rows of that many tokens hold one problem each.
+The letters tell the model which place it is at: without them it has to count, and learns twice as slowly.
 """
 
 import re
@@ -14,6 +15,7 @@ from fireflyer.data.documents import Document
 from fireflyer.data.draws import words
 
 PLACES = 8
+_PLACE_NAMES = "abcdefgh"
 _ANSWER = re.compile(rf"=(\d{{{PLACES + 1}}})\s*$")
 # Of twelve operands five have all eight digits: the long ones are the hard ones.
 _DIGIT_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 8)
@@ -44,8 +46,8 @@ def worked_answer(a: int, op: str, b: int) -> str:
         digit_a, digit_b = a // 10**place % 10, b // 10**place % 10
         value = digit_a + digit_b + carry if op == "+" else digit_a - digit_b - carry
         carry = int(not 0 <= value <= 9)
-        places.append(f"{digit_a}{digit_b}{carry}{value % 10}")
-    return f"{' '.join(places)}={Problem(a, op, b).result:0{PLACES + 1}d}"
+        places.append(f"{_PLACE_NAMES[place]}{digit_a}{digit_b}{carry}{value % 10}")
+    return f"{''.join(places)}={Problem(a, op, b).result:0{PLACES + 1}d}"
 
 
 def read_answer(text: str) -> int | None:
