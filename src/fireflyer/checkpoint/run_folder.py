@@ -24,7 +24,10 @@ class RunLock:
         import fcntl  # absent on Windows, where everything but training still works
 
         self.path = run_dir / LOCK
-        self._file = self.path.open("a+", encoding="utf-8")
+        try:
+            self._file = self.path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{run_dir} can't be written to: {error.strerror}; give another folder") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -71,8 +74,7 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, *, resume_step: int) -> None:
         self.path = run_dir / METRICS
-        self.rows_kept = read_metrics(run_dir, up_to_step=resume_step)
-        text = "".join(_line(row) for row in self.rows_kept)
+        text = "".join(_line(row) for row in read_metrics(run_dir, up_to_step=resume_step))
         if not self.path.exists() or self.path.read_bytes() != text.encode():
             write_text(self.path, text)
         self._file = self.path.open("ab", buffering=0)  # a line is in the kernel's hands before the next step begins

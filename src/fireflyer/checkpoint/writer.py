@@ -47,12 +47,16 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Wait for the save in flight; raises its error."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.join()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def join(self) -> None:
+        """Wait for the save in flight without raising: what is left to do while another error is on its way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def _work(self, step: int, write: Callable[[Path], None]) -> None:
         begun = time.perf_counter()

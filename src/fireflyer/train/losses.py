@@ -20,11 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fireflyer.data.packing import NO_LABEL
 from fireflyer.model.decoder import TrunkOutput
 from fireflyer.model.routing import sequence_balance_loss
-
-IGNORED = -100
-"""The label of a position without loss."""
 
 _CHUNK_ELEMENTS = 1 << 22
 """Logits held at once. On 2 cores 4M (16 MB) was best or near it at vocabularies from 512 to 32768."""
@@ -45,7 +43,7 @@ class LossTerms:
 
 def count_valid(labels: Tensor) -> int:
     """How many positions of a batch have a loss."""
-    return int((labels != IGNORED).sum())
+    return int((labels != NO_LABEL).sum())
 
 
 def mtp_labels(labels_BT: Tensor, document_ids_BT: Tensor | None, depth: int) -> Tensor:
@@ -56,7 +54,7 @@ def mtp_labels(labels_BT: Tensor, document_ids_BT: Tensor | None, depth: int) ->
     shifted = labels_BT[:, depth:]
     if document_ids_BT is None:
         return shifted
-    return shifted.masked_fill(document_ids_BT[:, depth:] != document_ids_BT[:, : shifted.shape[1]], IGNORED)
+    return shifted.masked_fill(document_ids_BT[:, depth:] != document_ids_BT[:, : shifted.shape[1]], NO_LABEL)
 
 
 def training_losses(
@@ -128,7 +126,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=exact, device=hidden_ND.device)
         for rows in _chunks(hidden_ND.shape[0], weight_VD.shape[0]):
             x_ND, labels = hidden_ND[rows], labels_N[rows]
-            valid_N1 = (labels != IGNORED)[:, None]
+            valid_N1 = (labels != NO_LABEL)[:, None]
             target_N1 = labels.clamp(min=0)[:, None]
             with torch.autocast(hidden_ND.device.type, enabled=False):
                 logits_NV = (x_ND @ weight_VD.T).to(exact)

@@ -1,0 +1,355 @@
+"""The one training loop: a recipe and a folder in; out, a run that may be killed anywhere and goes on exactly.
+
+A step: the global batch in micro-batches (their losses add up to the batch's), gradients clipped together, the
+optimizer, then the gate biases by the whole batch's expert counts (report 2.1.2), the average, and a line of metrics.
+On a CPU the same recipe and threads give the same bits, however often the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fireflyer.checkpoint.run_folder import MetricsLog, RunLock, read_metrics
+from fireflyer.checkpoint.writer import CheckpointWriter
+from fireflyer.cost.flops import mtp_training_flops_per_token, training_flops_per_token
+from fireflyer.cost.parameters import count_parameters
+from fireflyer.data.packing import Batch
+from fireflyer.errors import Stopped, UserError
+from fireflyer.evaluate.likelihood import Likelihood, held_out_likelihood
+from fireflyer.model.routing import expert_counts, max_violation, update_gate_bias_
+from fireflyer.train import events
+from fireflyer.train.average import update_average_
+from fireflyer.train.events import Event, StepMetrics
+from fireflyer.train.losses import LossTerms, count_valid, training_losses
+from fireflyer.train.monitor import LossMonitor, first_non_finite, is_finite, largest_gradient, save_failure
+from fireflyer.train.optimizer import clip_gradients
+from fireflyer.train.schedule import batch_size_at, bias_speed, learning_rate, mtp_weight, run_steps, run_tokens
+from fireflyer.train.settings import Recipe
+from fireflyer.train.setup import Inputs, RunState, check_folder, lay_out, open_inputs, open_state, recipe_sha256
+from fireflyer.train.snapshot import take_snapshot
+from fireflyer.train.summary import RECENT_STEPS, Summary, finished_summary, peak_memory_bytes, write_summary
+
+
+def train(
+    recipe: Recipe,
+    run_dir: str | Path,
+    *,
+    on_event: Callable[[Event], None] = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Summary:
+    """Begin a run, go on with it, or find it finished. Nothing is written before all that was given is checked.
+
+    Args:
+        run_dir: a new folder, or that of a run of the same recipe.
+        on_event: told what happens, see events.py.
+        should_stop: asked after every step; once true, the run saves itself and raises Stopped.
+
+    Raises:
+        UserError: something the user can mend, data, disk and a diverged run included.
+        Stopped: saved; the same call goes on.
+    """
+    run_dir = Path(run_dir)
+    stored = check_folder(recipe, run_dir)
+    if stored is not None and (summary := finished_summary(run_dir, recipe)) is not None:
+        on_event(events.Finished(run_dir, summary.step, already=True))
+        return summary
+    inputs = open_inputs(recipe, run_dir, stored, on_event)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{run_dir} can't be made: {error.strerror}; give another folder for the run") from error
+    with RunLock(run_dir), _threads(inputs.recipe.threads):
+        check_folder(recipe, run_dir)  # again, since another process may have begun a run meanwhile
+        lay_out(inputs, run_dir)
+        trainer = Trainer(inputs, open_state(inputs, run_dir, on_event), run_dir, on_event)
+        return trainer.run(recipe, should_stop)
+
+
+@dataclass
+class BatchResult:
+    """What the forward and backward passes of one global batch came to."""
+
+    loss: float
+    mtp_loss: float
+    balance_loss: float
+    counts: dict[int, Tensor]
+    """By MoE layer: (E,) how many of the batch's tokens chose each expert."""
+
+
+class Trainer:
+    """One run in progress: `state` and where it is written."""
+
+    def __init__(self, inputs: Inputs, state: RunState, run_dir: Path, on_event: Callable[[Event], None]) -> None:
+        self.recipe = inputs.recipe
+        self.held_out = inputs.held_out
+        self.state = state
+        self.run_dir = run_dir
+        self.on_event = on_event
+        self.total_steps = run_steps(self.recipe)
+        self.parameters = list(state.model.parameters())
+        self.trunk = torch.compile(state.model.trunk) if self.recipe.compile else state.model.trunk
+        self.metrics = MetricsLog(run_dir, resume_step=state.step)
+        history = read_metrics(run_dir)
+        self.recent = deque(history, maxlen=RECENT_STEPS)
+        self.monitor = LossMonitor(state.model.config.vocab_size, (row["loss"] for row in history))
+        self.writer = CheckpointWriter(
+            run_dir, keep=self.recipe.keep_checkpoints, recipe_sha256=recipe_sha256(self.recipe)
+        )
+        self.saved_step = state.step
+        self._began = time.perf_counter() - state.train_s
+
+    def run(self, asked: Recipe, should_stop: Callable[[], bool]) -> Summary:
+        """Steps until the end; `asked` is the recipe as the command gave it."""
+        self.on_event(self._started())
+        try:
+            while self.state.step < self.total_steps:
+                self._step_with_bookkeeping()
+                if should_stop() and self.state.step < self.total_steps:
+                    self.save()
+                    self._finish_saving()
+                    raise Stopped(
+                        f"{self.run_dir}: stopped and saved at step {self.state.step} of {self.total_steps};"
+                        " the same command goes on"
+                    )
+            self.save()
+            self._finish_saving()
+            summary = self._summary(asked)
+            write_summary(self.run_dir, summary)
+            self.on_event(events.Finished(self.run_dir, self.state.step, already=False))
+            return summary
+        finally:
+            self.close()
+
+    def step(self) -> StepMetrics:
+        """One optimizer step on the next global batch."""
+        state, recipe = self.state, self.recipe
+        began = time.perf_counter()
+        lr = learning_rate(recipe, state.step, state.tokens)
+        speed = bias_speed(recipe, state.tokens)
+        batch = state.loader.next_batch(batch_size_at(recipe, state.tokens))
+        result = self.forward_backward(batch)
+        grad_norm = clip_gradients(self.parameters, recipe.optimizer.grad_clip)
+        self._check(batch, result, grad_norm)
+        state.optimizer.step(lr)
+        state.optimizer.zero_grad()
+        for layer_index, bias in state.model.gate_biases():
+            update_gate_bias_(bias, result.counts[layer_index], speed)
+        if recipe.ema.decay:
+            update_average_(state.average, state.model, recipe.ema.decay)
+        rows = batch.input_ids_BT.shape[0]
+        state.step += 1
+        state.tokens += rows * recipe.seq_len
+        state.train_s = time.perf_counter() - self._began
+        return StepMetrics(
+            step=state.step,
+            tokens=state.tokens,
+            loss=result.loss,
+            mtp_loss=result.mtp_loss,
+            balance_loss=result.balance_loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens_per_s=rows * recipe.seq_len / (time.perf_counter() - began),
+            max_vio=max((max_violation(counts) for counts in result.counts.values()), default=0.0),
+            batch_size=rows,
+            epoch=state.loader.epoch,
+            train_s=state.train_s,
+        )
+
+    def forward_backward(self, batch: Batch) -> BatchResult:
+        """Accumulate the gradients of one global batch, micro-batch by micro-batch."""
+        recipe, model = self.recipe, self.state.model
+        rows, valid = batch.input_ids_BT.shape[0], count_valid(batch.labels_BT)
+        weight, alpha = mtp_weight(recipe, self.state.tokens), recipe.balance.sequence_alpha
+        sums = torch.zeros(3, dtype=torch.float64)
+        counts: dict[int, Tensor] = {}
+        for micro in _micro_batches(batch, recipe.parallel.micro_batch_size or rows, recipe.device):
+            documents = micro.document_ids_BT if recipe.data.mask_documents else None
+            with _autocast(recipe):
+                out = self.trunk(
+                    micro.input_ids_BT,
+                    positions=micro.positions_BT,
+                    document_ids=documents,
+                    recompute=recipe.parallel.recompute,
+                )
+                terms = training_losses(
+                    out,
+                    model.head_weight,
+                    micro.labels_BT,
+                    documents,
+                    num_experts_per_tok=model.config.num_experts_per_tok,
+                    valid_in_batch=valid,
+                    rows_in_batch=rows,
+                )
+            terms.total(weight, alpha).backward()
+            sums += _values(terms)
+            for routing in out.routing:
+                chosen = expert_counts(routing.indices_NK, model.config.n_routed_experts)
+                counts[routing.layer_index] = counts.get(routing.layer_index, torch.zeros_like(chosen)) + chosen
+        main, mtp, balance = sums.tolist()
+        return BatchResult(main, mtp, balance, counts)
+
+    def evaluate(self) -> Likelihood | None:
+        """Score the held-out rows; changes nothing."""
+        if self.held_out is None:
+            return None
+        began = time.perf_counter()
+        with _autocast(self.recipe):
+            scored = held_out_likelihood(
+                self.state.model, self.held_out, mask_documents=self.recipe.data.mask_documents
+            )
+        seconds = time.perf_counter() - began
+        self.on_event(events.Evaluated(self.state.step, scored.loss, scored.bits_per_byte, seconds))
+        return scored
+
+    def save(self) -> None:
+        """Begin a checkpoint of this step, unless it has one."""
+        state = self.state
+        if self.saved_step == state.step:
+            return
+        self.metrics.sync()
+        stored = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "train_s": state.train_s,
+            "data": state.loader.state_dict(),
+        }
+        snapshot = take_snapshot(state.model, state.optimizer, state.average, stored, self.run_dir)
+        self.writer.save(state.step, snapshot.write)
+        self.saved_step = state.step
+
+    def close(self) -> None:
+        """Wait for a save in flight and close the files; raises nothing, so that it hides no error."""
+        self.writer.join()
+        self.metrics.close()
+
+    def _step_with_bookkeeping(self) -> None:
+        state, recipe = self.state, self.recipe
+        epoch = state.loader.epoch
+        metrics = self.step()
+        row: dict[str, Any] = asdict(metrics)
+        last = state.step == self.total_steps
+        if recipe.eval_every and (last or state.step % recipe.eval_every == 0):
+            scored = self.evaluate()
+            if scored is not None:
+                row |= {"eval_loss": scored.loss, "bits_per_byte": scored.bits_per_byte}
+        self.metrics.append(row)
+        self.recent.append(row)
+        if metrics.epoch > epoch:
+            self.on_event(events.Notice(f"the data begins again, reshuffled: epoch {metrics.epoch + 1}"))
+        if last or state.step % recipe.log_every == 0:
+            self.on_event(events.StepDone(metrics, self.total_steps))
+        if state.step % recipe.checkpoint_every == 0:
+            self.save()
+        self._tell_saved()
+
+    def _check(self, batch: Batch, result: BatchResult, grad_norm: float) -> None:
+        """Stop the run where monitor.py's rule says so. Nothing of this step has changed a weight yet."""
+        step = self.state.step + 1
+        if not is_finite(result.loss, result.mtp_loss, result.balance_loss, grad_norm):
+            reason = f"loss {result.loss:.4g}, gradient norm {grad_norm:.4g}"
+            layer = first_non_finite(self.state.model, lambda: self._rerun(batch))
+        elif wrong := self.monitor.see(result.loss):
+            reason, layer = wrong, largest_gradient(self.state.model)
+        else:
+            return
+        path = save_failure(self.run_dir, step, batch, reason, layer)
+        raise UserError(
+            f"{self.run_dir}: training failed at step {step}: {reason}; first seen in {layer}; the batch is in {path}."
+            " Begin another run with a lower schedule.lr, or from an earlier checkpoint with --from"
+        )
+
+    def _rerun(self, batch: Batch) -> None:
+        self.trunk = self.state.model.trunk  # uncompiled, so that hooks see every module
+        self.state.optimizer.zero_grad()
+        self.forward_backward(batch)
+
+    def _tell_saved(self) -> None:
+        for saved in self.writer.finished():
+            self.on_event(events.Saved(saved.step, saved.path, saved.seconds))
+
+    def _finish_saving(self) -> None:
+        self.writer.wait()
+        self._tell_saved()
+
+    def _flops_per_token(self) -> float:
+        config, seq_len = self.state.model.config, self.recipe.seq_len
+        return training_flops_per_token(config, seq_len) + mtp_training_flops_per_token(config, seq_len)
+
+    def _started(self) -> events.Started:
+        counts = count_parameters(self.state.model.config)
+        return events.Started(
+            run_dir=self.run_dir,
+            step=self.state.step,
+            tokens=self.state.tokens,
+            total_steps=self.total_steps,
+            total_tokens=run_tokens(self.recipe),
+            parameters=counts.total + counts.mtp,
+            flops_per_token=self._flops_per_token(),
+            device=self.recipe.device,
+            dtype=self.recipe.dtype,
+            threads=self.recipe.threads,
+        )
+
+    def _summary(self, asked: Recipe) -> Summary:
+        last = self.recent[-1] if self.recent else {}  # someone may have removed the metrics
+        counts = count_parameters(self.state.model.config)
+        return Summary(
+            step=self.state.step,
+            tokens=self.state.tokens,
+            loss=self._recent_mean("loss"),
+            mtp_loss=self._recent_mean("mtp_loss"),
+            balance_loss=self._recent_mean("balance_loss"),
+            max_vio=self._recent_mean("max_vio"),
+            tokens_per_s=self._recent_mean("tokens_per_s"),
+            eval_loss=last.get("eval_loss"),
+            bits_per_byte=last.get("bits_per_byte"),
+            train_s=self.state.train_s,
+            flops=self._flops_per_token() * self.state.tokens,
+            parameters=counts.total + counts.mtp,
+            peak_memory_bytes=peak_memory_bytes(),
+            checkpoint=f"checkpoints/step-{self.state.step:08d}",
+            steps_asked=asked.steps,
+            tokens_asked=asked.tokens,
+            epochs_asked=asked.epochs,
+        )
+
+    def _recent_mean(self, key: str) -> float | None:
+        return fmean(row[key] for row in self.recent) if self.recent else None
+
+
+def _micro_batches(batch: Batch, rows: int, device: str) -> Iterator[Batch]:
+    parts = (batch.input_ids_BT, batch.labels_BT, batch.positions_BT, batch.document_ids_BT)
+    for start in range(0, parts[0].shape[0], rows):
+        yield Batch(*(part[start : start + rows].to(device) for part in parts))
+
+
+def _values(terms: LossTerms) -> Tensor:
+    return torch.stack([terms.main, terms.mtp, terms.balance]).detach().to("cpu", torch.float64)
+
+
+def _autocast(recipe: Recipe) -> Any:
+    """bf16 for the matrix products; weights, gradients, moments and losses stay fp32."""
+    if recipe.dtype != "bf16":
+        return nullcontext()
+    return torch.autocast(recipe.device.partition(":")[0], dtype=torch.bfloat16)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Run with this many threads: another number sums in another order, and ends in other bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

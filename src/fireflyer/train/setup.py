@@ -1,0 +1,239 @@
+"""From a recipe and a folder to everything a run needs. All that can be wrong with what the user gave is found here.
+
+In: a Recipe, the run's folder. Out: first `Inputs` (data and tokenizer, read and checked, with nothing written), then,
+under the run's lock, the folder and a `RunState`: new, from another checkpoint, or as the newest good one left it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from fireflyer.checkpoint.hf import load_model
+from fireflyer.checkpoint.published import open_checkpoint
+from fireflyer.checkpoint.run import discard_newer, find_checkpoint, remove_leftovers, write_text
+from fireflyer.checkpoint.run_folder import RECIPE, TOKENIZER
+from fireflyer.config import ModelConfig
+from fireflyer.data.counting import check_enough_data, count_tokens
+from fireflyer.data.held_out import HeldOutRows, held_out_rows
+from fireflyer.data.loader import Loader
+from fireflyer.data.mixture import Mixture, open_sources
+from fireflyer.errors import UserError
+from fireflyer.model.decoder import Decoder, init_weights_
+from fireflyer.text.tokenizer import Tokenizer
+from fireflyer.train.events import Event, Notice
+from fireflyer.train.optimizer import DecoderOptimizer, build_optimizer
+from fireflyer.train.recipe import read_recipe, recipe_differences, take_stored_choices, to_toml, with_epoch_tokens
+from fireflyer.train.schedule import batch_size_at
+from fireflyer.train.settings import Recipe
+from fireflyer.train.snapshot import restore
+
+_TOKENIZER_SETTINGS = "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads. `recipe` has every open choice made: device, dtype, threads, length in tokens."""
+
+    recipe: Recipe
+    tokenizer: Tokenizer
+    mixture: Mixture
+    held_out: HeldOutRows | None
+
+
+@dataclass
+class RunState:
+    """What a run is at one step; a checkpoint holds all of it."""
+
+    model: Decoder
+    optimizer: DecoderOptimizer
+    loader: Loader
+    average: dict[str, Tensor] = field(default_factory=dict)
+    step: int = 0
+    tokens: int = 0
+    train_s: float = 0.0
+
+
+def check_folder(recipe: Recipe, run_dir: Path) -> Recipe | None:
+    """The recipe stored in the folder, None where no run is in it yet.
+
+    Raises UserError where another run, or something else, lies there.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"{run_dir}: a file is there; give a new folder for the run")
+    if (run_dir / RECIPE).is_file():
+        stored = read_recipe(run_dir / RECIPE)
+        if differences := recipe_differences(stored, recipe):
+            raise UserError(
+                f"{run_dir} holds a run of another recipe: {'; '.join(differences)}; use the first command's settings"
+                " to go on with it, or give another folder"
+            )
+        return stored
+    others = [path.name for path in run_dir.iterdir() if not path.name.startswith(".")] if run_dir.exists() else []
+    if others:
+        raise UserError(f"{run_dir} has {others[0]} in it but no {RECIPE}: no run to go on with; give a new folder")
+    return None
+
+
+def open_inputs(recipe: Recipe, run_dir: Path, stored: Recipe | None, on_event: Callable[[Event], None]) -> Inputs:
+    """Read and check data and tokenizer, and make the recipe's open choices. Writes nothing. Raises UserError."""
+    recipe = choose(recipe if stored is None else take_stored_choices(recipe, stored))
+    data = recipe.data
+    mixture = open_sources(
+        data.sources,
+        encoding_errors=data.encoding_errors,
+        text_column=data.text_column,
+        seed=recipe.seed,
+        held_out=data.held_out,
+    )
+    tokenizer = _open_tokenizer(recipe, run_dir, mixture, on_event)
+    if recipe.epochs is not None and recipe.steps is None and recipe.tokens is None:
+        recipe = with_epoch_tokens(recipe, count_tokens(mixture, tokenizer))
+    check_enough_data(mixture, tokenizer, batch_size=batch_size_at(recipe, 0), seq_len=recipe.seq_len)
+    if recipe.init_from is not None and stored is None:
+        _check_same_shape(recipe.init_from, open_checkpoint(recipe.init_from).config, recipe.model)
+    return Inputs(recipe, tokenizer, mixture, _open_held_out(recipe, mixture, tokenizer))
+
+
+def choose(recipe: Recipe) -> Recipe:
+    """The recipe with device, dtype and threads chosen where it leaves them open. Raises UserError for what isn't here.
+
+    A GPU is taken where there is one, and bf16 there; on a CPU fp32, which is twice as fast as bf16 on most.
+    """
+    device = recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    number = int(device.partition(":")[2] or 0)
+    if not present[device.partition(":")[0]] or (number and number >= torch.cuda.device_count()):
+        raise UserError(f"device = {device} isn't on this machine; leave it out, or --set device=cpu")
+    dtype = recipe.dtype if recipe.dtype != "auto" else "bf16" if device.startswith("cuda") else "fp32"
+    threads = recipe.threads or torch.get_num_threads()
+    return recipe.model_copy(update={"device": device, "dtype": dtype, "threads": threads})
+
+
+def lay_out(inputs: Inputs, run_dir: Path) -> None:
+    """Write the resolved recipe and the tokenizer into the run's folder, and clear what killed saves left in it."""
+    try:
+        remove_leftovers(run_dir)
+        text = to_toml(inputs.recipe)
+        if not (run_dir / RECIPE).is_file() or (run_dir / RECIPE).read_text(encoding="utf-8") != text:
+            write_text(run_dir / RECIPE, text)
+        if not (run_dir / TOKENIZER).is_file():
+            with TemporaryDirectory() as folder:
+                inputs.tokenizer.save(folder)
+                for name in (_TOKENIZER_SETTINGS, TOKENIZER):  # the second tells that both are there
+                    write_text(run_dir / name, (Path(folder) / name).read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or run_dir} can't be written: {error.strerror}; free the disk or give another --run"
+        ) from error
+
+
+def recipe_sha256(recipe: Recipe) -> str:
+    """Hash of the recipe as it is stored."""
+    return hashlib.sha256(to_toml(recipe).encode()).hexdigest()
+
+
+def open_state(inputs: Inputs, run_dir: Path, on_event: Callable[[Event], None]) -> RunState:
+    """The run as its newest good checkpoint left it, or at its beginning. Raises UserError."""
+    recipe = inputs.recipe
+    found = find_checkpoint(run_dir)
+    if found.path is None and found.damaged:
+        raise UserError(
+            f"{run_dir}: none of its checkpoints is whole ({'; '.join(found.damaged)}); copy them again, or remove the"
+            " folder to begin anew"
+        )
+    if found.path is not None:
+        model = load_model(found.path, dtype=torch.float32, device=recipe.device)
+    else:
+        model = _first_model(recipe, inputs.tokenizer)
+    state = RunState(model, build_optimizer(model, recipe), _open_loader(inputs))
+    if found.path is not None:
+        for line in found.damaged:
+            on_event(Notice(f"passed over a damaged checkpoint: {line}"))
+        stored = restore(found.path, model, state.optimizer, state.average)
+        state.loader.load_state_dict(stored["data"])
+        state.step, state.tokens, state.train_s = stored["step"], stored["tokens"], stored["train_s"]
+        discard_newer(run_dir, state.step)
+    return state
+
+
+def _open_tokenizer(recipe: Recipe, run_dir: Path, mixture: Mixture, on_event: Callable[[Event], None]) -> Tokenizer:
+    if (run_dir / TOKENIZER).is_file():
+        tokenizer = Tokenizer.from_file(run_dir / TOKENIZER)
+    elif recipe.data.tokenizer is not None:
+        tokenizer = Tokenizer.from_file(recipe.data.tokenizer)
+    else:
+        on_event(Notice(f"training a tokenizer of {recipe.model.vocab_size} tokens on the data"))
+        tokenizer = Tokenizer.train(mixture.sample_texts(recipe.seed), recipe.model.vocab_size)
+    if tokenizer.vocab_size > recipe.model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model only model.vocab_size ="
+            f" {recipe.model.vocab_size}; give the tokenizer that belongs to it"
+        )
+    return tokenizer
+
+
+def _open_held_out(recipe: Recipe, mixture: Mixture, tokenizer: Tokenizer) -> HeldOutRows | None:
+    if not recipe.eval_every:
+        return None
+    data = recipe.data
+    if recipe.eval_data is not None:
+        mixture = open_sources(
+            recipe.eval_data,
+            encoding_errors=data.encoding_errors,
+            text_column=data.text_column,
+            seed=recipe.seed,
+            held_out=1.0,
+        )
+    return held_out_rows(
+        mixture,
+        tokenizer,
+        recipe.seq_len,
+        recipe.eval_rows,
+        batch_size=recipe.parallel.micro_batch_size or recipe.batch_size,
+        mask_documents=data.mask_documents,
+    )
+
+
+def _open_loader(inputs: Inputs) -> Loader:
+    recipe = inputs.recipe
+    return Loader(
+        inputs.mixture,
+        inputs.tokenizer,
+        seq_len=recipe.seq_len,
+        seed=recipe.seed,
+        fim_rate=recipe.data.fim_rate,
+        mask_documents=recipe.data.mask_documents,
+    )
+
+
+def _first_model(recipe: Recipe, tokenizer: Tokenizer) -> Decoder:
+    """The model at step 0, in fp32: random by the seed (the same on every device), or a checkpoint's."""
+    torch.manual_seed(recipe.seed)
+    config = recipe.model.replace(
+        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id
+    )
+    if recipe.init_from is None:
+        model = Decoder(config)
+        init_weights_(model, torch.Generator().manual_seed(recipe.seed))
+        return model.to(recipe.device)
+    model = load_model(recipe.init_from, dtype=torch.float32, device=recipe.device)
+    _check_same_shape(recipe.init_from, model.config, config)
+    model.config = config
+    return model
+
+
+def _check_same_shape(path: str, loaded: ModelConfig, asked: ModelConfig) -> None:
+    free = {"bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "extra", "initializer_range"}
+    for key in ModelConfig.model_fields.keys() - free:
+        if getattr(loaded, key) != getattr(asked, key):
+            raise UserError(
+                f"--from {path}: the checkpoint has model.{key} = {getattr(loaded, key)}, the recipe"
+                f" {getattr(asked, key)}; give the checkpoint's: --set model.{key}={getattr(loaded, key)}"
+            )

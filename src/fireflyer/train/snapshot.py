@@ -1,0 +1,89 @@
+"""A run's state at one step: copied in an instant, written at leisure, and put back to the bit.
+
+In: model, optimizer, average and counters. Out: a checkpoint folder in the published format with `trainer.*` beside it;
+and back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fireflyer.checkpoint.hf import published_views, write_published
+from fireflyer.checkpoint.names import published_places
+from fireflyer.checkpoint.trainer_state import EMA_PREFIX, read_trainer_state, write_trainer_state
+from fireflyer.config import ModelConfig
+from fireflyer.model.decoder import Decoder
+from fireflyer.train.optimizer import DecoderOptimizer, load_optimizer_tensors, optimizer_tensors
+
+_OPTIMIZER = "optimizer."
+_CPU_RNG = "rng.cpu"
+_CUDA_RNG = "rng.cuda"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Copies of everything; training may go on at once."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    trainer: dict[str, Tensor]
+    state: dict[str, Any]
+    tokenizer_from: Path
+
+    def write(self, folder: Path) -> None:
+        """Write the checkpoint's files into an empty folder."""
+        tensors = dict(published_views(self.config, self.weights))
+        write_published(folder, self.config, tensors, tokenizer_from=self.tokenizer_from)
+        write_trainer_state(folder, self.trainer, self.state)
+
+
+def take_snapshot(
+    model: Decoder,
+    optimizer: DecoderOptimizer,
+    average: dict[str, Tensor],
+    state: dict[str, Any],
+    tokenizer_from: Path,
+) -> Snapshot:
+    """Copy the weights (fp32, as trained), optimizer moments, averaged weights and RNG. `state` is JSON-able."""
+    trainer = {f"{_OPTIMIZER}{name}": _copy(tensor) for name, tensor in optimizer_tensors(optimizer).items()}
+    trainer |= {f"{EMA_PREFIX}{name}": _copy(view) for name, view in _average_views(model.config, average)}
+    trainer[_CPU_RNG] = torch.get_rng_state()
+    if torch.cuda.is_initialized():
+        trainer[_CUDA_RNG] = torch.cuda.get_rng_state()
+    weights = {name: _copy(tensor) for name, tensor in model.state_dict().items()}
+    return Snapshot(model.config, weights, trainer, state, tokenizer_from)
+
+
+def restore(folder: Path, model: Decoder, optimizer: DecoderOptimizer, average: dict[str, Tensor]) -> dict[str, Any]:
+    """Put back what `take_snapshot` took, but for the weights, which `load_model` reads. Returns the state.
+
+    `average` is filled where the checkpoint has one. Raises UserError for tensors of another model or optimizer.
+    """
+    tensors, state = read_trainer_state(folder)
+    moments = {name[len(_OPTIMIZER) :]: tensor for name, tensor in tensors.items() if name.startswith(_OPTIMIZER)}
+    load_optimizer_tensors(optimizer, moments)
+    if any(name.startswith(EMA_PREFIX) for name in tensors):
+        average.update({n: torch.empty_like(p, dtype=torch.float32, device="cpu") for n, p in model.named_parameters()})
+        for name, view in _average_views(model.config, average):
+            view.copy_(tensors[EMA_PREFIX + name])
+    torch.set_rng_state(tensors[_CPU_RNG])
+    if _CUDA_RNG in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors[_CUDA_RNG])
+    return state
+
+
+def _average_views(config: ModelConfig, average: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """(published name, view) of all averaged weights, each once; gate biases have no average."""
+    if not average:
+        return []
+    places = [place for place in published_places(config) if place.copy_of is None and not place.is_gate_bias]
+    return [(place.name, place.view(average).detach()) for place in places]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
