@@ -181,6 +181,17 @@ def test_a_model_shape_trains_with_the_default_settings(tmp_path: Path) -> None:
     assert load_recipe("moonlight", ["steps=3"]).model == load_config("moonlight")
 
 
+def test_quantised_shapes_train_in_full_precision(tmp_path: Path) -> None:
+    quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(
+        json.dumps(load_config("ember").to_dict() | {"quantization_config": quantised})
+    )
+    assert load_config(tmp_path).quantization_config is not None
+    assert load_recipe(tmp_path, ["steps=3"]).model == load_config("ember")
+    with pytest.raises(UserError, match=r"model.quantization_config: training keeps its weights in fp32"):
+        load_recipe("ember", ["model.quantization_config={quant_method='fp8', weight_block_size=[128, 128]}"])
+
+
 def test_a_run_folder_gives_its_recipe(tmp_path: Path) -> None:
     recipe = load_recipe("ember", ["steps=7"])
     (tmp_path / "recipe.toml").write_text(to_toml(recipe))
@@ -193,7 +204,10 @@ def test_a_checkpoint_brings_its_model_and_its_tokenizer(tmp_path: Path, file: C
     with pytest.raises(UserError, match=r"no tokenizer\.json in it; give its own with --tokenizer"):
         load_recipe(None, ["steps=3"], init_from=str(tmp_path))
     write_tokenizer(tmp_path / "tokenizer.json")
-    for config in (None, file("steps = 5\nbatch_size = 3\n")):
+    other_shape = 'rope_scaling = {type = "yarn", factor = 2.0, original_max_position_embeddings = 512}\n'
+    other = file("steps = 5\nbatch_size = 3\n")
+    other.write_text(other.read_text() + other_shape)
+    for config in (None, other):
         recipe = load_recipe(config, ["steps=3"], init_from=str(tmp_path))
         assert recipe.model == model
         assert recipe.init_from == str(tmp_path)
@@ -305,7 +319,7 @@ MISTAKES = [
     ("dtype=fp16", r"dtype = 'fp16': must be 'auto', 'fp32' or 'bf16' \(--set dtype=fp16\)"),
     ("device=gpu", r"device = 'gpu': must be 'auto', 'cpu'"),
     ("tokens=3G", r"tokens = '3G': must be a count such as"),
-    ("steps=0", r"steps = 0 leaves nothing to train"),
+    ("steps=0", r"steps = 0 leaves nothing to train; it must be above 0 \(--set steps=0\)"),
     ("data.fim_rate=1.5", r"data.fim_rate = 1.5: must be less than or equal to 1"),
     ("data.held_out=1.0", r"data.held_out = 1.0: must be less than 1"),
     ("seq_len=2000", r"seq_len = 2000 is above model.max_position_embeddings = 1024 \(--set seq_len=2000\)"),

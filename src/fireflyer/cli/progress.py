@@ -1,4 +1,4 @@
-"""A run's events, drawn: a live line and a bar on a terminal, now and then a plain line elsewhere."""
+"""A run's events, drawn: a live line on a terminal, now and then a plain line elsewhere."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import time
 from types import TracebackType
 from typing import TextIO
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from fireflyer.train.events import Evaluated, Event, Finished, Notice, Saved, Started, StepDone, StepMetrics
 
 PLAIN_EVERY_S = 10.0
+BAR_WIDTH = 20
 
 
 class Progress:
@@ -50,37 +50,36 @@ class Progress:
 
     def _step(self, event: StepDone) -> None:
         self._recent = [*self._recent[-19:], event.metrics]
-        line = status_line(self._recent, event.total_steps, self._bits_per_byte, self._usd_per_hour)
+        progress, measures = status(self._recent, event.total_steps, self._bits_per_byte, self._usd_per_hour)
         if self._console.is_terminal:
-            bar = ProgressBar(total=event.total_steps, completed=event.metrics.step)
-            shown: RenderableType = Group(bar, Text(line, no_wrap=True, overflow="ellipsis"))
-            self._live.update(shown, refresh=True)
+            done = BAR_WIDTH * event.metrics.step // event.total_steps
+            bar = [("━" * done, "green"), ("─" * (BAR_WIDTH - done), "dim")]
+            self._live.update(Text.assemble(*bar, f"  {progress}\n{measures}", no_wrap=True), refresh=True)
         elif time.monotonic() - self._last_line_at >= PLAIN_EVERY_S or event.metrics.step == event.total_steps:
             self._last_line_at = time.monotonic()
-            self._say(line)
+            self._say(f"{progress}  {measures}")
 
     def _say(self, line: str) -> None:
         self._console.print(Text(line))
 
 
-def status_line(
+def status(
     recent: list[StepMetrics], total_steps: int, bits_per_byte: float | None, usd_per_hour: float | None
-) -> str:
-    """The last step in one line; speed and time left from the mean of the recent steps."""
-    now = recent[-1]
-    speed = len(recent) / sum(1 / step.tokens_per_s for step in recent)
-    seconds_a_step = (now.train_s - recent[0].train_s) / max(1, now.step - recent[0].step)
-    parts = [f"step {now.step:,}/{total_steps:,}", f"loss {now.loss:.3f}"]
-    if bits_per_byte is not None:
-        parts.append(f"{bits_per_byte:.3f} bits/byte")
-    parts += [
-        f"{speed:,.0f} tok/s",
-        f"balance +{now.max_vio:.0%}",
-        f"left {duration(seconds_a_step * (total_steps - now.step))}",
-    ]
+) -> tuple[str, str]:
+    """How far the run is, and how well: speed and time left from the mean of the recent steps."""
+    now, first = recent[-1], recent[0]
+    progress = [f"step {now.step:,}/{total_steps:,}"]
+    if now.step > first.step:
+        seconds_a_step = (now.train_s - first.train_s) / (now.step - first.step)
+        progress.append(f"left {duration(seconds_a_step * (total_steps - now.step))}")
     if usd_per_hour is not None:
-        parts.append(f"${now.train_s / 3600 * usd_per_hour:.4f}")
-    return "  ".join(parts)
+        progress.append(f"${now.train_s / 3600 * usd_per_hour:.4f}")
+    measures = [f"loss {now.loss:.3f}"]
+    if bits_per_byte is not None:
+        measures.append(f"{bits_per_byte:.3f} bits/byte")
+    speed = len(recent) / sum(1 / step.tokens_per_s for step in recent)
+    measures += [f"{speed:,.0f} tok/s", f"busiest expert +{now.max_vio:.0%}"]
+    return "  ".join(progress), "  ".join(measures)
 
 
 def duration(seconds: float) -> str:

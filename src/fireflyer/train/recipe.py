@@ -152,17 +152,22 @@ def _layer_of(config: str | Path | None) -> Layer:
     if path.suffix == ".toml":
         return Layer(read_toml(path), str(path), {})
     label = f"preset {config}" if path.parent == PRESETS else str(path)
-    return Layer({"model": ModelConfig.from_file(path).to_dict()}, label, {})
+    return Layer({"model": _full_precision(ModelConfig.from_file(path))}, label, {})
 
 
 def _layer_of_checkpoint(init_from: str) -> Layer:
     folder, label = Path(init_from), f"--from {init_from}"
     if not folder.is_dir():
         raise UserError(f"{label}: no such folder; give a checkpoint (config.json and safetensors) or a run folder")
-    values: dict[str, Any] = {"init_from": init_from, "model": load_config(folder).to_dict()}
+    values: dict[str, Any] = {"init_from": init_from, "model": _full_precision(load_config(folder))}
     if (folder / "tokenizer.json").is_file():
         values["data"] = {"tokenizer": str(folder / "tokenizer.json")}
     return Layer(values, label, {})
+
+
+def _full_precision(config: ModelConfig) -> dict[str, Any]:
+    """A published shape as it is trained: its weights are dequantised when loaded."""
+    return config.replace(quantization_config=None).to_dict()
 
 
 def _layer_of_options(options: dict[str, tuple[Any, str]]) -> Layer:

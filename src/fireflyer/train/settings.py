@@ -222,6 +222,9 @@ def _check_sequences(recipe: Recipe) -> None:
     if recipe.seq_len <= model.num_nextn_predict_layers:
         text = f"seq_len = {recipe.seq_len} is too short for model.num_nextn_predict_layers = "
         raise SettingError("seq_len", text + str(model.num_nextn_predict_layers))
+    if model.quantization_config is not None:
+        text = "model.quantization_config: training keeps its weights in fp32; leave it out"
+        raise SettingError("model.quantization_config", text)
     if recipe.eval_every and recipe.eval_data is None and recipe.data.held_out == 0:
         text = "eval_every needs held-out text: set data.held_out above 0, or eval_data, or eval_every = 0"
         raise SettingError("eval_every", text)
