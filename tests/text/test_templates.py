@@ -13,8 +13,8 @@ from fireflyer.text.tokenizer import Tokenizer
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "s": "ü<"}}}
 CHATS = [
     [{"role": "user", "content": "Hi"}],
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " 1+1? "}, {"role": "assistant", "content": "2"},
-     {"role": "user", "content": "and\n3+4?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " 1+1? "},
+     {"role": "assistant", "content": "2"}, {"role": "user", "content": "and\n3+4?"}],
     [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>well</think>b"}],
     [{"role": "user", "content": "add"}, {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]},
      {"role": "tool", "content": "3"}, {"role": "tool", "content": "4"}],

@@ -17,11 +17,16 @@ from fireflyer.errors import UserError
 from fireflyer.text.special_tokens import BEGIN, END, HIDDEN, PAD, RESERVED, THINK_BEGIN, USER
 from fireflyer.text.tokenizer import Tokenizer
 
-TEXTS = ["def add(a, b):\n    return a + b\n\n\n", "Der Fluß fließt, the river flows; 中文也可以。", "x = 1234567890\n"] * 3
+TEXTS = [
+    "def add(a, b):\n    return a + b\n\n\n",
+    "Der Fluß fließt, the river flows; 中文也可以。",
+    "x = 1234567890\n",
+] * 3
 
 # Random characters, mixed with what could be mistaken for control tokens.
 any_text = st.lists(
-    st.one_of(st.text(max_size=8), st.sampled_from([*RESERVED, "<｜", "▁", "｜>", "  \n\n  ", "\r\n", "12", "👩‍👩‍👧"])), max_size=8
+    st.one_of(st.text(max_size=8), st.sampled_from([*RESERVED, "<｜", "▁", "｜>", "  \n\n  ", "\r\n", "12", "👩‍👩‍👧"])),
+    max_size=8,
 ).map("".join)
 
 

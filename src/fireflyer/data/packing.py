@@ -65,4 +65,6 @@ def pack_rows(stream: TokenStream, seq_len: int, mask_documents: bool, first_row
         positions = place - np.maximum.accumulate(np.where(begins[:, :-1], place, 0), axis=1)
     document_ids = np.cumsum(begins[:, :-1], axis=1) - begins[:, :1]
     labels = np.where(counts[:, 1:], tokens[:, 1:], NO_LABEL)
-    return Batch(*(torch.from_numpy(np.array(part)) for part in (tokens[:, :-1], labels, positions, document_ids)))
+    return Batch(
+        *(torch.from_numpy(np.array(part, order="C")) for part in (tokens[:, :-1], labels, positions, document_ids))
+    )

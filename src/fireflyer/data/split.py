@@ -106,7 +106,7 @@ class _Splitter:
             self._cut(number, longest, self._wanted(int(sizes[longest])))
 
     def hold_out_tail(self, number: int) -> None:
-        """If nothing of a source is held out: whole documents from its end while they fit, then the end of one more."""
+        """If nothing of a source is held out: whole documents from its end as far as they fit, and the end of one."""
         split, sizes = self._splits[number], self._sizes[number]
         if split.cuts or split.held_out.any():
             return
@@ -115,12 +115,12 @@ class _Splitter:
             if split.held_out[document]:
                 continue
             copies = self._copies(number, document)
-            if sizes[document] * len(copies[number]) > wanted or not self._can_spare(copies):
-                self._cut(number, document, wanted)
+            if sizes[document] * len(copies[number]) <= wanted and self._can_spare(copies):
+                for one, twins in zip(self._splits, copies, strict=True):
+                    one.held_out[twins] = True
+                wanted -= int(sizes[document]) * len(copies[number])
+            elif self._cut(number, document, wanted):
                 return
-            for one, twins in zip(self._splits, copies, strict=True):
-                one.held_out[twins] = True
-            wanted -= int(sizes[document]) * len(copies[number])
 
     def _wanted(self, size: int) -> int:
         return int(min(max(self._share * size, _LEAST_TAIL_BYTES), max(self._share, 0.25) * size))
@@ -137,13 +137,14 @@ class _Splitter:
                 return False
         return True
 
-    def _cut(self, number: int, document: int, tail: int) -> None:
-        """Train on a text but for its last `tail` bytes or a few more."""
+    def _cut(self, number: int, document: int, tail: int) -> bool:
+        """Train on a text but for its last `tail` bytes or a few more; on all of it if it is too short (False)."""
         tail = _to_character(self._sources[number], document, min(tail, int(self._sizes[number][document]) // 2))
         for source, split, twins in zip(self._sources, self._splits, self._copies(number, document), strict=True):
             split.held_out[twins] = False
             if tail:
                 split.cuts |= {int(twin): _place(source, int(twin), tail) for twin in twins}
+        return tail > 0
 
 
 def _bytes_of(document: Document, start: int, stop: int | None) -> str:
