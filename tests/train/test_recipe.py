@@ -84,6 +84,7 @@ def file(tmp_path: Path) -> Callable[..., Path]:
         ("1.5", None),
         (1.5, None),
         (-1, None),
+        (2**63, None),
         ("-3M", None),
         ("3G", None),
         ("", None),

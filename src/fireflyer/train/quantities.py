@@ -22,7 +22,7 @@ def parse_quantity(value: object) -> int:
         number = Fraction(value)
     else:
         raise ValueError('must be a count such as 1000, "2.5M" or "14.8T"')
-    if number.denominator != 1 or number < 0:
+    if number.denominator != 1 or not 0 <= number < 2**63:  # TOML's integers end there
         raise ValueError("must be a whole number, 0 or more")
     return int(number)
 

@@ -216,8 +216,7 @@ def _resolve(layers: list[Layer]) -> Recipe:
     tokenizer_size = _tokenizer_size(layers)
     model = _merged(layers).get("model")
     if isinstance(model, dict) and not model.get("vocab_size"):
-        layers = [Layer({"model": {"vocab_size": tokenizer_size or DEFAULT_VOCAB_SIZE}}, "", {}), *layers]
-        layers = [_without_zero_vocab(layer) for layer in layers]
+        layers = [*layers, Layer({"model": {"vocab_size": tokenizer_size or DEFAULT_VOCAB_SIZE}}, "", {})]
     recipe = _build(layers)
     if tokenizer_size and tokenizer_size > recipe.model.vocab_size:
         raise UserError(
@@ -227,14 +226,6 @@ def _resolve(layers: list[Layer]) -> Recipe:
     if recipe.init_from is not None and recipe.data.tokenizer is None:
         raise UserError(f"--from {recipe.init_from}: no tokenizer.json in it; give its own with --tokenizer FILE")
     return recipe
-
-
-def _without_zero_vocab(layer: Layer) -> Layer:
-    model = layer.values.get("model")
-    if not isinstance(model, dict) or model.get("vocab_size", 1):
-        return layer
-    kept = {key: value for key, value in model.items() if key != "vocab_size"}
-    return Layer({**layer.values, "model": kept}, layer.label, layer.labels)
 
 
 def _tokenizer_size(layers: list[Layer]) -> int | None:
