@@ -47,7 +47,7 @@ def resolve_boundary(boundary: int | str, total: int) -> int:
 
 
 def format_quantity(count: int) -> str:
-    """A short spelling that `parse_quantity` reads back exactly: 14633000000000 -> "14.633T", 12345678 -> "12345678"."""
+    """A short spelling that `parse_quantity` reads back exactly: "14.633T" for 14633000000000, and "12345678"."""
     for suffix in ("T", "B", "M", "K"):
         thousandths, rest = divmod(count * 1000, SUFFIXES[suffix])
         if 1000 <= thousandths < 10**6 and not rest:
