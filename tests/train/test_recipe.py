@@ -205,7 +205,7 @@ def test_a_checkpoint_brings_its_model_and_its_tokenizer(tmp_path: Path, file: C
     with pytest.raises(UserError, match=r"no tokenizer\.json in it; give its own with --tokenizer"):
         load_recipe(None, ["steps=3"], init_from=str(tmp_path))
     write_tokenizer(tmp_path / "tokenizer.json")
-    other_shape = 'rope_scaling = {type = "yarn", factor = 2.0, original_max_position_embeddings = 512}\n'
+    other_shape = 'rope_parameters = {type = "yarn", factor = 2.0, original_max_position_embeddings = 512}\n'
     other = file("steps = 5\nbatch_size = 3\n")
     other.write_text(other.read_text() + other_shape)
     for config in (None, other):
