@@ -60,6 +60,10 @@ DAMAGES: dict[str, tuple[Callable[[Tensors], object], list[str]]] = {
         replace("model.layers.1.self_attn.rotary_emb.inv_freqs", torch.ones(2)),
         ["'model.layers.1.self_attn.rotary_emb.inv_freqs' has no place"],
     ),
+    "a layer beyond counting": (
+        replace(f"model.layers.{'9' * 5000}.x", torch.ones(2)),
+        ["'model.layers.9999", "has no place"],
+    ),
     "stray of a layer that isn't": (
         replace("model.layers.9.self_attn.rotary_emb.inv_freq", torch.ones(2)),
         ["'model.layers.9.self_attn.rotary_emb.inv_freq' has no place", "layers end at 3"],
@@ -213,6 +217,8 @@ def test_what_a_path_means(saved: Path, tmp_path: Path) -> None:
         resolve_checkpoint(saved / "one" / "config.json")
     with pytest.raises(UserError, match="an empty folder; give a checkpoint"):
         resolve_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="can't be read"):
+        resolve_checkpoint(tmp_path / ("long" * 999))
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match=r"no good checkpoint \(it has saved none yet\)"):
         resolve_checkpoint(tmp_path)
@@ -248,6 +254,7 @@ def test_destinations(tmp_path: Path) -> None:
     assert "note: a file is there; give a new folder" in save_refused(tmp_path / "full" / "note")
     assert "can't be saved (Not a directory)" in save_refused(tmp_path / "full" / "note" / "deeper")
     assert "max_shard_bytes 0 isn't a size" in save_refused(tmp_path / "new", max_shard_bytes=0)
+    assert "can't be saved (File name too long)" in save_refused(tmp_path / ("long" * 99))
     assert "no tokenizer.json" in save_refused(tmp_path / "new", tokenizer_from=tmp_path / "full")
     assert (tmp_path / "full" / "note").read_text() == "keep me"
     (tmp_path / "empty").mkdir()

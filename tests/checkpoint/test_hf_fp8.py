@@ -58,6 +58,9 @@ def test_values_are_exact(dtype: torch.dtype, tmp_path: Path) -> None:
     save_model(model, tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     assert not any(name.endswith("_scale_inv") for name in files_tensors(tmp_path / "plain"))
+    model.config = model.config.replace(quantization_config={"quant_method": "fp8", "weight_block_size": [8, 5]})
+    save_model(model, tmp_path / "made-by-hand")
+    assert "quantization_config" not in json.loads((tmp_path / "made-by-hand" / "config.json").read_text())
 
 
 def test_reading_by_chunks_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,19 +81,22 @@ NAME = "model.layers.1.mlp.experts.3.down_proj.weight"
 SCALE = f"{NAME}_scale_inv"
 Shard = dict[str, torch.Tensor]
 DAMAGES: dict[str, tuple[Callable[[Shard, Shard], object], str]] = {
-    "no scale": (lambda weights, scales: scales.pop(SCALE), f"{NAME} is FP8, but {SCALE} is in no file"),
+    "no scale": (
+        lambda weights, scales: scales.pop(SCALE),
+        f"'{NAME}' is FP8, but its scales, ..._scale_inv, are in no file",
+    ),
     "no weight": (lambda weights, scales: weights.pop(NAME), f"'{SCALE}' has no place"),
     "scale of another shape": (
         lambda weights, scales: scales.update({SCALE: torch.ones(2, 2)}),
-        rf"{SCALE} is float32 \(2, 2\); {NAME} of \(32, 16\) in blocks of 8 x 5 needs float32 \(4, 4\)",
+        rf"the scales of '{NAME}' are float32 \(2, 2\); its \(32, 16\) in blocks of 8 x 5 need float32 \(4, 4\)",
     ),
     "scale of another dtype": (
         lambda weights, scales: scales.update({SCALE: torch.ones(4, 4, dtype=torch.bfloat16)}),
-        rf"{SCALE} is bfloat16 \(4, 4\)",
+        rf"the scales of '{NAME}' are bfloat16 \(4, 4\)",
     ),
     "a vector in FP8": (
         lambda weights, scales: weights.update({NAME: torch.zeros(3).to(torch.float8_e4m3fn)}),
-        rf"{NAME} is FP8 of shape \(3,\), not a matrix",
+        rf"'{NAME}' is FP8 of shape \(3,\), not a matrix",
     ),
     "another 8-bit format": (
         lambda weights, scales: (

@@ -146,5 +146,8 @@ def test_what_is_no_safetensors_file(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"PK\3\4 a pickle in a zip archive")
     with pytest.raises(UserError, match="not a safetensors file, or cut short"):
         read_header(tmp_path / "f")
+    (tmp_path / "f").write_bytes((10**6).to_bytes(8, "little") + b"[" * 10**6)
+    with pytest.raises(UserError, match="its safetensors header isn't JSON"):
+        read_header(tmp_path / "f")
     with pytest.raises(UserError, match="can't be read"):
         read_header(tmp_path / "absent")

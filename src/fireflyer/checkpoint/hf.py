@@ -127,16 +127,16 @@ def save_published(
     tokenizer_from: str | Path | None = None,
 ) -> None:
     """`write_published` into a new folder that appears whole or not at all. Raises UserError."""
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path}: a file is there; give a new folder")
-    if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"{path}: not empty, and nothing is overwritten; give a new folder or empty it")
     if max_shard_bytes <= 0:
         raise UserError(f"max_shard_bytes {max_shard_bytes} isn't a size; give one above 0, as 5e9")
+    path = Path(path)
     final = path.resolve()
     part = final.with_name(f".{final.name}.part-{os.getpid()}")  # beside its place, so that one rename puts it there
     with _disk_errors(path):
+        if final.exists() and not final.is_dir():
+            raise UserError(f"{path}: a file is there; give a new folder")
+        if final.is_dir() and any(final.iterdir()):
+            raise UserError(f"{path}: not empty, and nothing is overwritten; give a new folder or empty it")
         try:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)

@@ -30,7 +30,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,13 @@ class Checkpoint:
 
 def resolve_checkpoint(path: str | Path) -> Path:
     """The published folder that a CHECKPOINT means: itself, or a run's newest good checkpoint. Raises UserError."""
-    path = Path(path)
+    try:
+        return _resolve(Path(path))
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); check the path and its permissions") from None
+
+
+def _resolve(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"{path}: no such folder; give a checkpoint (config.json and safetensors) or a run folder")
     if not path.is_dir():
@@ -184,21 +190,21 @@ def _join_scales(
     for name, weight in stored.items():
         if weight.dtype != torch.float8_e4m3fn:
             continue
-        scale_inv = stored.get(scale_name(name))
+        scale_inv, label = stored.get(scale_name(name)), shown(name, 120)
         if scale_inv is None:
-            raise UserError(f"{weight.path}: {name} is FP8, but {scale_name(name)} is in no file; get all the files")
-        if not quantization:
             raise UserError(
-                f"{folder / CONFIG}: no quantization_config, but {name} is FP8; restore the original config"
+                f"{weight.path}: {label} is FP8, but its scales, {scale_name('...')}, are in no file; get them"
             )
+        if not quantization:
+            raise UserError(f"{folder / CONFIG}: no quantization_config, but {label} is FP8; take the original config")
         height, width = quantization["weight_block_size"]
         if len(weight.shape) != 2:
-            raise UserError(f"{weight.path}: {name} is FP8 of shape {weight.shape}, not a matrix; get the file again")
+            raise UserError(f"{weight.path}: {label} is FP8 of shape {weight.shape}, not a matrix; get the file again")
         expected = scale_shape((weight.shape[0], weight.shape[1]), (height, width))
         if scale_inv.shape != expected or scale_inv.dtype != torch.float32:
             raise UserError(
-                f"{scale_inv.path}: {scale_inv.name} is {_kind(scale_inv)}; {name} of {weight.shape} in blocks of"
-                f" {height} x {width} needs float32 {expected}: check weight_block_size in {CONFIG}"
+                f"{scale_inv.path}: the scales of {label} are {_kind(scale_inv)}; its {weight.shape} in blocks of"
+                f" {height} x {width} need float32 {expected}: check weight_block_size in {CONFIG}"
             )
         joined[name] = BlockFP8Tensor(weight, scale_inv, (height, width))
         del joined[scale_name(name)]

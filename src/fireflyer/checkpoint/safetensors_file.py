@@ -104,9 +104,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); check that it is there and readable") from None
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: its safetensors header isn't JSON; {again}") from None
     if not isinstance(header, dict):
         raise UserError(f"{path}: its safetensors header is no table of tensors; {again}")
