@@ -15,7 +15,7 @@ from statistics import mean
 from fireflyer.checkpoint.run import write_text
 from fireflyer.checkpoint.run_folder import SUMMARY, read_metrics
 from fireflyer.cost.flops import mtp_training_flops_per_token, training_flops_per_token
-from fireflyer.data.arithmetic import Problem, format_problem, held_out_problems, read_answer
+from fireflyer.data.arithmetic import Problem, format_problem, held_out_problems, read_answer, worked_answer
 from fireflyer.evaluate.machine import measure_matmul_flops_per_s
 from fireflyer.evaluate.speculation import mtp_acceptance
 from fireflyer.infer.llm import LLM
@@ -30,7 +30,7 @@ USD_PER_HOUR = 0.10
 """About the rent of a machine with two cloud cores."""
 
 _BALANCE_STEPS = 100
-_ANSWER_TOKENS = 80
+_ANSWER_TOKENS = len(worked_answer(1, "+", 1)) + 1
 _SCORED_TOGETHER = 250
 
 
