@@ -20,7 +20,7 @@ from fireflyer.checkpoint.run import newest_good_checkpoint
 from fireflyer.data.packing import Batch
 from fireflyer.errors import Stopped, UserError
 from fireflyer.model.decoder import Decoder
-from fireflyer.train import events, snapshot
+from fireflyer.train import events, setup, snapshot, summary
 from fireflyer.train.loop import Trainer, train
 from fireflyer.train.schedule import batch_size_at, bias_speed, learning_rate, mtp_weight
 from fireflyer.train.settings import Recipe
@@ -192,14 +192,14 @@ def test_split_and_recomputation_leave_counts_and_losses(text: Path, tmp_path: P
 def test_a_run_its_files_and_its_events(text: Path, tmp_path: Path):
     told: list[events.Event] = []
     recipe = tiny_recipe(text, steps=7, eval_every=3, log_every=2)
-    summary = train(recipe, tmp_path / "run", on_event=told.append)
+    end = train(recipe, tmp_path / "run", on_event=told.append)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 8))
     promised = "step tokens loss mtp_loss balance_loss lr grad_norm tokens_per_s max_vio".split()  # noqa: SIM905
     for row in rows:
         assert set(promised) <= row.keys()
         assert ("eval_loss" in row) == ("bits_per_byte" in row) == (row["step"] in (3, 6, 7))
-    assert rows[-1]["tokens"] == 7 * 4 * 24 == summary.tokens
+    assert rows[-1]["tokens"] == 7 * 4 * 24 == end.tokens
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert [e.metrics.step for e in told if isinstance(e, events.StepDone)] == [2, 4, 6, 7]
     assert [e.step for e in told if isinstance(e, events.Evaluated)] == [3, 6, 7]
@@ -210,17 +210,17 @@ def test_a_run_its_files_and_its_events(text: Path, tmp_path: Path):
     assert (started.step, started.total_steps, started.total_tokens) == (0, 7, 7 * 4 * 24)
     assert told[-1] == events.Finished(tmp_path / "run", 7, already=False)
     stored = json.loads((tmp_path / "run/summary.json").read_text())
-    assert stored["loss"] == summary.loss == pytest.approx(sum(row["loss"] for row in rows) / 7)
+    assert stored["loss"] == end.loss == pytest.approx(sum(row["loss"] for row in rows) / 7)
     assert stored["bits_per_byte"] == rows[-1]["bits_per_byte"]
-    assert stored["flops"] == pytest.approx(started.flops_per_token * summary.tokens)
+    assert stored["flops"] == pytest.approx(started.flops_per_token * end.tokens)
     assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["step-00000006", "step-00000007"]
 
 
 def test_a_finished_run_started_again_says_so_and_writes_nothing(text: Path, tmp_path: Path):
     recipe = tiny_recipe(text, steps=3)
-    summary = train(recipe, tmp_path / "run")
+    end = train(recipe, tmp_path / "run")
     before, told = tree(tmp_path / "run"), []
-    assert train(recipe, tmp_path / "run", on_event=told.append) == summary
+    assert train(recipe, tmp_path / "run", on_event=told.append) == end
     assert told == [events.Finished(tmp_path / "run", 3, already=True)]
     assert tree(tmp_path / "run") == before
 
@@ -230,7 +230,12 @@ def test_more_steps_go_on_from_the_end(text: Path, tmp_path: Path):
     points = ("schedule__constant_until", "schedule__cosine_until", "balance__bias_until", "mtp__late_from")
     constant = dict.fromkeys(points, 10**6)
     train(tiny_recipe(text, steps=4, **constant), tmp_path / "run")
-    train(tiny_recipe(text, steps=6, **constant), tmp_path / "run")
+    summary_file = tmp_path / "run/summary.json"
+    summary_file.write_text(json.dumps({**json.loads(summary_file.read_text()), "accuracy": 0.9}))
+    assert train(tiny_recipe(text, steps=4, **constant), tmp_path / "run").step == 4
+    assert "accuracy" in json.loads(summary_file.read_text())  # a demo's score stays with the run that it is of
+    assert train(tiny_recipe(text, steps=6, **constant), tmp_path / "run").step == 6
+    assert "accuracy" not in json.loads(summary_file.read_text())
     train(tiny_recipe(text, steps=6, **constant), tmp_path / "whole")
     assert checkpoint_bytes(final(tmp_path / "run")) == checkpoint_bytes(final(tmp_path / "whole"))
 
@@ -253,7 +258,7 @@ def test_evaluation_changes_nothing(text: Path, tmp_path: Path):
 def test_epochs_are_turned_into_tokens_and_repetition_is_said(tmp_path: Path):
     small = write_text(tmp_path / "small.jsonl", 25)
     told: list[events.Event] = []
-    summary = train(
+    end = train(
         tiny_recipe(small, steps=10**9, data__fim_rate=0.0).model_copy(update={"steps": None, "epochs": 2.5}),
         tmp_path / "run",
         on_event=told.append,
@@ -262,7 +267,7 @@ def test_epochs_are_turned_into_tokens_and_repetition_is_said(tmp_path: Path):
     assert any("epoch 2" in text for text in notices)
     assert any("epoch 3" in text for text in notices)
     assert not any("epoch 4" in text for text in notices)
-    assert summary.epochs_asked == 2.5
+    assert end.epochs_asked == 2.5
 
 
 def test_bf16_keeps_fp32_weights_moments_and_gate_biases(text: Path, tmp_path: Path):
@@ -374,6 +379,18 @@ def test_full_disk_in_a_save_stops_the_run_and_keeps_the_old_checkpoint(
     assert final(tmp_path / "run").name == "step-00000003"
     train(recipe, tmp_path / "run")
     assert checkpoint_bytes(final(tmp_path / "run")) == checkpoint_bytes(final(tmp_path / "whole"))
+
+
+def test_full_disk_elsewhere_is_one_line_too(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*args, **kwargs) -> None:
+        raise OSError(28, "No space left on device")
+
+    for module, name, told in ((setup, "write_text", "run"), (summary, "write_text", "summary.json")):
+        monkeypatch.setattr(module, name, full)
+        with pytest.raises(UserError, match=rf"{told} can't be written: No space left"):
+            train(tiny_recipe(text, steps=3), tmp_path / "run")
+        monkeypatch.undo()
+    assert train(tiny_recipe(text, steps=3), tmp_path / "run").step == 3
 
 
 def test_a_save_holds_the_moment_it_began(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import SETTINGS, checkpoint_bytes, tiny_recipe, write_text
+from tiny_run import SETTINGS, checkpoint_bytes, read_tensors, tiny_recipe, write_text
 
 from benchmarks.resume import finish, kill_again_and_again, outcome
 from fireflyer.checkpoint.run import list_checkpoints, newest_good_checkpoint
@@ -110,6 +110,20 @@ def test_split_anywhere_and_twice_equals_the_whole(
         assert log == whole_log
         assert checkpoint_bytes(final(run_dir)) == checkpoint_bytes(final(tmp_path / "whole"))
         assert deterministic_metrics(run_dir) == deterministic_metrics(tmp_path / "whole")
+
+
+def test_tied_embeddings_without_query_latent_resume(texts: list[str], tmp_path: Path):
+    """One tensor for embedding and head: stored once (and in the MTP's copies), restored as one."""
+    recipe = everything(texts, model__tie_word_embeddings=True, model__q_lora_rank=0)
+    train(recipe, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train(recipe, tmp_path / "run", should_stop=stop_after(3))
+    train(recipe, tmp_path / "run")
+    assert checkpoint_bytes(final(tmp_path / "run")) == checkpoint_bytes(final(tmp_path / "whole"))
+    tensors = read_tensors(final(tmp_path / "run") / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    moments = read_tensors(final(tmp_path / "run") / "trainer.safetensors")
+    assert moments["optimizer.model.embed_tokens.weight.exp_avg"].shape == tensors["model.embed_tokens.weight"].shape
 
 
 def test_a_damaged_newest_checkpoint_costs_steps_but_no_bit(texts: list[str], tmp_path: Path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,17 @@ SUMMARY = "summary.json"
 TOKENIZER = "tokenizer.json"
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk refuses within is the user's to mend: one line about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} can't be written: {error.strerror}; free the disk or give another folder, then start again"
+        ) from error
+
+
 class RunLock:
     """Held while a process trains in the folder. The kernel drops it with the process, however that ends."""
 
@@ -24,10 +37,8 @@ class RunLock:
         import fcntl  # absent on Windows, where everything but training still works
 
         self.path = run_dir / LOCK
-        try:
+        with writing(run_dir):
             self._file = self.path.open("a+", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{run_dir} can't be written to: {error.strerror}; give another folder") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -75,18 +86,17 @@ class MetricsLog:
     def __init__(self, run_dir: Path, *, resume_step: int) -> None:
         self.path = run_dir / METRICS
         text = "".join(_line(row) for row in read_metrics(run_dir, up_to_step=resume_step))
-        if not self.path.exists() or self.path.read_bytes() != text.encode():
-            write_text(self.path, text)
-        self._file = self.path.open("ab", buffering=0)  # a line is in the kernel's hands before the next step begins
+        with writing(self.path):
+            if not self.path.exists() or self.path.read_bytes() != text.encode():
+                write_text(self.path, text)
+            self._file = self.path.open("ab", buffering=0)  # a line is with the kernel before the next step begins
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one step's line; NaN is refused, since it isn't JSON. Raises UserError when the disk is full."""
         line = _line(row).encode()
-        try:
+        with writing(self.path):
             while line:
                 line = line[self._file.write(line) :]
-        except OSError as error:
-            raise UserError(f"{self.path} can't be written: {error.strerror}; free the disk and start again") from error
 
     def sync(self) -> None:
         """Have the disk take all lines so far; done before a checkpoint, so that its history is never missing."""

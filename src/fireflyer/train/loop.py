@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fireflyer.checkpoint.run_folder import MetricsLog, RunLock, read_metrics
+from fireflyer.checkpoint.run_folder import MetricsLog, RunLock, read_metrics, writing
 from fireflyer.checkpoint.writer import CheckpointWriter
 from fireflyer.cost.flops import mtp_training_flops_per_token, training_flops_per_token
 from fireflyer.cost.parameters import count_parameters
@@ -64,10 +64,8 @@ def train(
         on_event(events.Finished(run_dir, summary.step, already=True))
         return summary
     inputs = open_inputs(recipe, run_dir, stored, on_event)
-    try:
+    with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{run_dir} can't be made: {error.strerror}; give another folder for the run") from error
     with RunLock(run_dir), _threads(inputs.recipe.threads):
         check_folder(recipe, run_dir)  # again, since another process may have begun a run meanwhile
         lay_out(inputs, run_dir)
@@ -262,10 +260,10 @@ class Trainer:
             reason, layer = wrong, largest_gradient(self.state.model)
         else:
             return
-        path = save_failure(self.run_dir, step, batch, reason, layer)
         raise UserError(
-            f"{self.run_dir}: training failed at step {step}: {reason}; first seen in {layer}; the batch is in {path}."
-            " Begin another run with a lower schedule.lr, or from an earlier checkpoint with --from"
+            f"{self.run_dir}: training failed at step {step}: {reason}; first seen in {layer}; the batch is in"
+            f" {save_failure(self.run_dir, step, batch, reason, layer)}. Begin another run with a lower schedule.lr, or"
+            " from an earlier checkpoint with --from"
         )
 
     def _rerun(self, batch: Batch) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -86,10 +87,9 @@ def largest_gradient(model: nn.Module) -> str:
     return f"the gradient of {max(norms, key=norms.__getitem__)}" if norms else "no gradient"
 
 
-def save_failure(run_dir: Path, step: int, batch: Batch, reason: str, layer: str) -> Path:
-    """Keep the batch of a failed step, with the reason in the file's metadata; returns where."""
+def save_failure(run_dir: Path, step: int, batch: Batch, reason: str, layer: str) -> str:
+    """Keep the batch of a failed step, the reason in the file's metadata. Returns where, or why it can't be kept."""
     folder = run_dir / FAILURES
-    folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:08d}.safetensors"
     tensors = {
         "input_ids": batch.input_ids_BT,
@@ -98,8 +98,12 @@ def save_failure(run_dir: Path, step: int, batch: Batch, reason: str, layer: str
         "document_ids": batch.document_ids_BT,
     }
     metadata = {"step": str(step), "reason": reason, "layer": layer}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
-    return path
+    try:
+        folder.mkdir(exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        return f"nothing, since the disk refused it ({error})"
+    return str(path)
 
 
 def is_finite(*values: float) -> bool:

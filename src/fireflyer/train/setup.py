@@ -18,7 +18,7 @@ from torch import Tensor
 from fireflyer.checkpoint.hf import load_model
 from fireflyer.checkpoint.published import open_checkpoint
 from fireflyer.checkpoint.run import discard_newer, find_checkpoint, remove_leftovers, write_text
-from fireflyer.checkpoint.run_folder import RECIPE, TOKENIZER
+from fireflyer.checkpoint.run_folder import RECIPE, TOKENIZER, writing
 from fireflyer.config import ModelConfig
 from fireflyer.data.counting import check_enough_data, count_tokens
 from fireflyer.data.held_out import HeldOutRows, held_out_rows
@@ -117,8 +117,11 @@ def choose(recipe: Recipe) -> Recipe:
 
 
 def lay_out(inputs: Inputs, run_dir: Path) -> None:
-    """Write the resolved recipe and the tokenizer into the run's folder, and clear what killed saves left in it."""
-    try:
+    """Write the resolved recipe and the tokenizer into the run's folder, and clear what killed saves left in it.
+
+    Raises UserError where the disk refuses.
+    """
+    with writing(run_dir):
         remove_leftovers(run_dir)
         text = to_toml(inputs.recipe)
         if not (run_dir / RECIPE).is_file() or (run_dir / RECIPE).read_text(encoding="utf-8") != text:
@@ -128,10 +131,6 @@ def lay_out(inputs: Inputs, run_dir: Path) -> None:
                 inputs.tokenizer.save(folder)
                 for name in (_TOKENIZER_SETTINGS, TOKENIZER):  # the second tells that both are there
                     write_text(run_dir / name, (Path(folder) / name).read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or run_dir} can't be written: {error.strerror}; free the disk or give another --run"
-        ) from error
 
 
 def recipe_sha256(recipe: Recipe) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fireflyer.checkpoint.run import write_text
-from fireflyer.checkpoint.run_folder import SUMMARY
+from fireflyer.checkpoint.run_folder import SUMMARY, writing
 from fireflyer.train.settings import Recipe
 
 RECENT_STEPS = 100
@@ -46,9 +46,9 @@ class Summary:
 
 
 def write_summary(run_dir: Path, summary: Summary) -> None:
-    """Write `summary.json`; keys that others put there (a demo's score) are kept."""
-    kept = _read(run_dir)
-    write_text(run_dir / SUMMARY, json.dumps({**kept, **asdict(summary)}, indent=1, allow_nan=False) + "\n")
+    """Write `summary.json`, anew: what others added to that of a shorter run holds no longer. Raises UserError."""
+    with writing(run_dir / SUMMARY):
+        write_text(run_dir / SUMMARY, json.dumps(asdict(summary), indent=1, allow_nan=False) + "\n")
 
 
 def finished_summary(run_dir: Path, recipe: Recipe) -> Summary | None:
