@@ -44,7 +44,7 @@ SETTINGS = {
     **{f"model.{key}": value for key, value in MODEL.items()},
 }
 
-_WORDS = "alpha beta gamma delta the of and a house river stone light (x + y) := 12 naïve 火".split()  # noqa: SIM905
+_WORDS = "alpha beta gamma delta the of and a house river stone light (x + y) := 12 naïve 火".split()
 
 
 def write_text(path: Path, documents: int, seed: int = 0) -> Path:

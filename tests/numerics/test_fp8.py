@@ -46,9 +46,10 @@ def test_dequantize_is_the_loop_to_the_byte(shape: tuple[int, int], block: tuple
 
 
 def test_hand_worked_block() -> None:
-    # Two columns of blocks of 2 x 2, the lower and right ones cut short. Left block: amax 896, so scale 2: 896 / 2 = 448,
-    # -3 / 2 = -1.5, 1 / 2 = 0.5, 33 / 2 = 16.5, which lies between 16 and 18 and nearer to 16 (three mantissa bits).
-    # Upper right: amax 448, scale 1. Lower left: amax 7, scale 1/64: 7 x 64 = 448, 0. Lower right: all zero, scale 1.
+    # Two columns of blocks of 2 x 2, the lower and right ones cut short. Left block: amax 896, so scale 2:
+    # 896 / 2 = 448, -3 / 2 = -1.5, 1 / 2 = 0.5, 33 / 2 = 16.5, which lies between 16 and 18 and nearer to 16
+    # (three mantissa bits). Upper right: amax 448, scale 1. Lower left: amax 7, scale 1/64: 7 x 64 = 448, 0.
+    # Lower right: all zero, scale 1.
     weight = torch.tensor([[896.0, -3.0, 448.0], [1.0, 33.0, 5.0], [7.0, 0.0, 0.0]])
     quantized, scale_inv = quantize_block(weight, (2, 2))
     assert scale_inv.tolist() == [[2.0, 1.0], [0.015625, 1.0]]

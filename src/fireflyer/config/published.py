@@ -34,7 +34,7 @@ _CARRIED = """use_cache ep_size pretraining_tp aux_loss_alpha seq_aux router_aux
     max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
-    suppress_tokens begin_suppress_tokens max_new_tokens""".split()  # noqa: SIM905
+    suppress_tokens begin_suppress_tokens max_new_tokens""".split()
 
 _KNOWN = {*_FIXED, *_DROPPED, *_DERIVED, *_CARRIED, "rope_parameters", "num_mtp_layers"}
 
