@@ -1,4 +1,4 @@
-"""The two exceptions a user meets: a mistake of theirs, told in one line, and a run that stopped after saving itself."""
+"""The two exceptions a user meets: a mistake of theirs, told in one line; a run that stopped and saved itself."""
 
 
 class UserError(ValueError):

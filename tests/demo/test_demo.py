@@ -26,7 +26,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DemoSummar
 def test_the_summary_has_the_promised_keys(finished: tuple[Path, DemoSummary]):
     run_dir, summary = finished
     stored = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    keys = "accuracy held_out train_s tokens flops mfu usd max_vio mtp_acceptance".split()
+    keys = ["accuracy", "held_out", "train_s", "tokens", "flops", "mfu", "usd", "max_vio", "mtp_acceptance"]
     assert {key: stored[key] for key in keys} == {key: asdict(summary)[key] for key in keys}
     assert summary.held_out == 1000
     assert summary.sums == summary.differences == 500

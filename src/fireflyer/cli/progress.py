@@ -37,16 +37,20 @@ class Progress:
     ) -> None:
         self._live.stop()
 
+    def note(self, line: str) -> None:
+        """Print a line above the live one."""
+        self._console.print(Text(line))
+
     def on_event(self, event: Event) -> None:
         if isinstance(event, StepDone):
             self._step(event)
         elif isinstance(event, Evaluated):
             self._bits_per_byte = event.bits_per_byte
-            self._say(
+            self.note(
                 f"step {event.step:,}: held-out loss {event.eval_loss:.3f}, {event.bits_per_byte:.3f} bits a byte"
             )
         else:
-            self._say(_sentence(event, self._recent, self._bits_per_byte))
+            self.note(_sentence(event, self._recent, self._bits_per_byte))
 
     def _step(self, event: StepDone) -> None:
         self._recent = [*self._recent[-19:], event.metrics]
@@ -57,10 +61,7 @@ class Progress:
             self._live.update(Text.assemble(*bar, f"  {progress}\n{measures}", no_wrap=True), refresh=True)
         elif time.monotonic() - self._last_line_at >= PLAIN_EVERY_S or event.metrics.step == event.total_steps:
             self._last_line_at = time.monotonic()
-            self._say(f"{progress}  {measures}")
-
-    def _say(self, line: str) -> None:
-        self._console.print(Text(line))
+            self.note(f"{progress}  {measures}")
 
 
 def status(

@@ -1,9 +1,9 @@
 """builtin:arithmetic: sums and differences with written-out working, without end.
 
-Out: documents like `12345678+00000042=` (the prompt, no loss) followed by the working from the last digit to the first,
-each place as its letter, the two digits, the carry or borrow, and the digit of the result (`a8210b7412c6007…`), and then the
-result. All documents have the same length, digits are single tokens, so rows of that many tokens hold one problem each.
-The letters tell the model which place it is at: without them it has to count, and learns twice as slowly.
+Out: documents like `12345678+00000042=` (the prompt, no loss), then the working from the last digit to the first, each
+place as its letter, the two digits, the carry or borrow, and the digit of the result (`a8210b7402…`), then the result.
+All documents have the same length, digits are single tokens, so rows of that many tokens hold one problem each. The
+letters tell the model which place it is at: without them it has to count, and learns more slowly.
 """
 
 import re

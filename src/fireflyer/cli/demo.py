@@ -1,0 +1,62 @@
+"""`fireflyer demo`: a whole DeepSeek-V3 in small learns arithmetic, is examined, and hands in its bill."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from fireflyer.errors import UserError
+
+DEFAULT_RUN = "runs/demo"
+
+
+def add_parser(subparsers: Any) -> None:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "demo",
+        help="train a small DeepSeek-V3 on arithmetic, examine it, print the receipt",
+        description="Train a small but whole DeepSeek-V3 on sums and differences with written-out working, score 1,000"
+        " problems it never saw, and print what it cost. The same command again goes on where it stopped.",
+    )
+    parser.add_argument("--run", metavar="DIR", default=DEFAULT_RUN, help=f"the run's folder (default {DEFAULT_RUN})")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data and held-out problems (default 0)")
+    parser.add_argument(
+        "--usd-per-hour", type=float, metavar="X", help="price of this machine (default 0.10, about two cloud cores)"
+    )
+    parser.add_argument("--json", action="store_true", help="the summary as one JSON object; progress on stderr")
+
+
+def run(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from fireflyer.cli.progress import Progress
+    from fireflyer.cli.signals import StopSignals
+    from fireflyer.demo.receipt import receipt
+    from fireflyer.demo.run import USD_PER_HOUR, Scoring, run_demo
+    from fireflyer.train.events import Finished
+
+    usd_per_hour = USD_PER_HOUR if args.usd_per_hour is None else args.usd_per_hour
+    if not 0 <= usd_per_hour < float("inf"):
+        raise UserError(f"--usd-per-hour {usd_per_hour}: give the machine's price as a number from 0 up")
+    stream = sys.stderr if args.json else sys.stdout
+    with StopSignals() as stop, Progress(stream, usd_per_hour) as progress:
+
+        def on_event(event: Any) -> None:
+            if isinstance(event, Scoring):
+                progress.note(f"held-out problems: {event.correct:,} right of {event.done:,}, {event.total:,} in all")
+            elif isinstance(event, Finished):
+                progress.note("this demo is finished already" if event.already else "trained; now the examination")
+            else:
+                stop.on_event(event)
+                progress.on_event(event)
+
+        summary = run_demo(
+            Path(args.run), seed=args.seed, usd_per_hour=usd_per_hour, on_event=on_event, should_stop=stop.requested
+        )
+    if args.json:
+        print(json.dumps({"run_dir": args.run, **asdict(summary)}))
+    else:
+        print("\n" + "\n".join(receipt(summary, Path(args.run))))
+    return 0
