@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fireflyer import LLM, SamplingParams, UserError, save_model
+from fireflyer.checkpoint.run import write_checkpoint
 from fireflyer.infer import model_runner
 from fireflyer.infer.engine import Engine
 
@@ -120,6 +121,36 @@ def test_end_tokens_of_generation_config(model, tmp_path):
     (tmp_path / "tiny" / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens[4]}))
     ended = LLM(tmp_path / "tiny").generate(prompt, SamplingParams(temperature=0, max_tokens=8))[0].outputs[0]
     assert ended.token_ids == tokens[: tokens.index(tokens[4]) + 1]
+    for wrong in ("[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": 1.5}', "{"):
+        (tmp_path / "tiny" / "generation_config.json").write_text(wrong)
+        with pytest.raises(UserError, match="generation_config"):
+            LLM(tmp_path / "tiny")
+
+
+def test_a_run_folder_means_its_newest_checkpoint(model, tokenizer, tmp_path):
+    def write(folder):
+        save_model(model, folder / "tiny")
+        tokenizer.save(folder / "tiny")
+        for file in (folder / "tiny").iterdir():
+            file.rename(folder / file.name)
+        (folder / "tiny").rmdir()
+
+    write_checkpoint(tmp_path / "run", 3, write)
+    output = LLM(tmp_path / "run").generate("the fox", GREEDY)[0]
+    assert output.outputs[0].token_ids == without_cache(model, output.prompt_token_ids, 24)
+
+
+def test_bfloat16(model, tmp_path):
+    """The first tokens are those of the bf16 decoder without a cache; one near-tie may fall the other way."""
+    save_model(model, tmp_path / "tiny")
+    llm = LLM(tmp_path / "tiny", dtype=torch.bfloat16)
+    assert llm.model.head_weight.dtype == torch.bfloat16
+    prompts = token_prompts()
+    outputs = llm.generate(prompts, GREEDY)
+    same = [
+        out.outputs[0].token_ids[:1] == without_cache(llm.model, p, 1) for p, out in zip(prompts, outputs, strict=True)
+    ]
+    assert sum(same) >= len(prompts) - 1
 
 
 def test_stop_strings_end_the_text_before_them(model, tokenizer):
@@ -175,6 +206,12 @@ def test_refusals(model, make_model, tokenizer):
         llm.generate([[5], [5, 300]])
     with pytest.raises(UserError, match=r"prompts\[0\]: .*empty"):
         llm.generate([[]])
+    with pytest.raises(UserError, match=r"prompts\[1\]: .*not 1.5"):
+        llm.generate(["a", 1.5])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="Tensor"):
+        llm.generate(torch.tensor([5, 6]))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="not dict"):
+        llm.generate([5], [{"temperature": 0}])  # type: ignore[list-item]
     with pytest.raises(UserError, match=r"2 sampling parameters .* 3 prompts"):
         llm.generate([[5], [6], [7]], [GREEDY, GREEDY])
     with pytest.raises(UserError, match="stop_token_ids has 300"):

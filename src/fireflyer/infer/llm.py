@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -183,8 +184,10 @@ class LLM:
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         """A checked request. Raises UserError."""
+        if not isinstance(params, SamplingParams):
+            raise UserError(f"sampling parameters must be SamplingParams, not {type(params).__name__}")
         text = prompt if isinstance(prompt, str) else None
-        token_ids = self.encode_prompt(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        token_ids = self.encode_prompt(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         self._check_prompt(token_ids)
         vocab_size = self.config.vocab_size
         beyond = [token for token in params.stop_token_ids or () if token >= vocab_size]
@@ -219,10 +222,19 @@ class LLM:
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts out of one or many; a list of integers is one prompt of token ids."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # pyright: ignore[reportReturnType]
-    return list(prompts)  # pyright: ignore[reportReturnType]
+    """A list of prompts out of one or many; a list of integers is one prompt of token ids. Raises UserError."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        raise UserError(f"prompts are a {type(prompts).__name__}; give a text, token ids, or a list of these")
+    one = bool(prompts) and isinstance(prompts[0], Integral)
+    return cast(list[Prompt], [prompts] if one else list(prompts))
+
+
+def _token_ids(prompt: object) -> list[int]:
+    if not isinstance(prompt, (list, tuple)) or not all(isinstance(token, Integral) for token in prompt):
+        raise UserError(f"a prompt must be a text or a list of token ids, not {prompt!r:.60}")
+    return [int(token) for token in prompt]
 
 
 def _checked_device(device: torch.device | str) -> torch.device:
@@ -247,14 +259,17 @@ def _checked_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtyp
 
 
 def _generation_config_end_ids(folder: Path) -> set[int]:
-    """End tokens that only generation_config.json names: chat models often add theirs there."""
+    """End tokens that only generation_config.json names: chat models often add theirs there. Raises UserError."""
     path = folder / "generation_config.json"
     if not path.is_file():
         return set()
     try:
-        return _as_set(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a JSON object: {error}; mend or remove it") from None
+        end_ids = _as_set(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"{path} is not a JSON object with token ids in it; mend or remove it") from None
+    if not all(isinstance(token, int) for token in end_ids):
+        raise UserError(f"{path}: eos_token_id must be a token id or a list of them; mend or remove it")
+    return end_ids
 
 
 def _as_set(token_ids: int | list[int] | None) -> set[int]:
