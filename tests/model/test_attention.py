@@ -223,3 +223,21 @@ def test_a_position_beyond_the_cache_is_named(tiny, ids):
     with pytest.raises(ValueError, match="position 8 doesn't fit into a cache of max_length 8"):
         model(ids(1, 9), cache=cache)
     assert not cache.slots.any()
+
+
+def test_short_calls_with_a_cache_run_absorbed_all_others_expanded(tiny, ids):
+    """Told apart by their last bits."""
+    model = tiny("v3")
+
+    def run(tokens, form, cached):
+        cache = ContiguousCache(model.config, 2, 16) if cached else None
+        with torch.no_grad():
+            return model(ids(2, tokens), form=form, cache=cache).logits
+
+    for tokens, cached, form, other in (
+        (8, True, "absorbed", "expanded"),
+        (9, True, "expanded", "absorbed"),
+        (8, False, "expanded", "absorbed"),
+    ):
+        assert torch.equal(run(tokens, None, cached), run(tokens, form, cached))
+        assert not torch.equal(run(tokens, None, cached), run(tokens, other, cached))

@@ -125,3 +125,13 @@ def test_a_dense_decoder_has_no_routing(tiny, ids):
     out = model.trunk(ids(2, 10))
     assert out.routing == []
     assert model.gates() == []
+
+
+def test_the_compiler_takes_the_trunk(tiny, ids):
+    """The tracer alone, without generating code: the experts' uneven products, which it can't follow, run as ever."""
+    model = tiny("v3", num_hidden_layers=1, first_k_dense_replace=0)
+    traced = torch.compile(model.trunk, backend="eager")
+    out = traced(ids(2, 12))
+    assert torch.equal(out.hidden_BTD, model.trunk(ids(2, 12)).hidden_BTD)
+    out.hidden_BTD.sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if name != "lm_head.weight")
