@@ -190,8 +190,10 @@ def _attention_inputs(
         if document_ids_BT is not None:
             raise ValueError("document_ids can't be combined with a cache: a cached sequence is one document")
         num_slots = int(positions_BT.max()) + 1
-        slots_S = torch.arange(num_slots, device=positions_BT.device)
-        mask_BTS = slots_S <= positions_BT[..., None]
+        # A lone sequence's next token sees every slot; a mask would cost each layer two passes over its scores.
+        if positions_BT.numel() > 1 or form == "expanded":
+            slots_S = torch.arange(num_slots, device=positions_BT.device)
+            mask_BTS = slots_S <= positions_BT[..., None]
     elif document_ids_BT is not None:
         same_BTS = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
         mask_BTS = same_BTS & causal_mask(positions_BT.shape[1], positions_BT.device)

@@ -10,15 +10,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
+def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x over its root mean square, and what it was multiplied by; fp32."""
+    wide = x.float()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    inverse = norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return wide * inverse, inverse
+
+
 class _RMSNorm(torch.autograd.Function):
     """Keeps the normed rows: the backward then needs one product and one matrix-vector product for both sums."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse = norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
-        normed = wide * inverse
+        normed, inverse = _normed(x, eps)
         ctx.save_for_backward(normed, weight, inverse)
         return normed.to(x.dtype) * weight
 
@@ -46,6 +51,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # the same numbers without autograd's bookkeeping, which a decode step feels
+            return _normed(x, self.eps)[0].to(x.dtype) * self.weight
         return _RMSNorm.apply(x, self.weight, self.eps)
 
 
@@ -70,6 +77,9 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) · up, with gate and up side by side: (..., 2I) in, (..., I) out; the backward keeps only its input."""
+    if not torch.is_grad_enabled():
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
     return _SwiGLU.apply(gate_up)
 
 
