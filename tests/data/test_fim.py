@@ -26,6 +26,11 @@ def test_the_three_parts_join_to_the_text(text: str, key: int) -> None:
     assert split_middle(text, 0.0, key) is None
 
 
+def test_every_place_between_characters_can_be_cut() -> None:
+    expected = {("ab"[:i], "ab"[i:j], "ab"[j:]) for i in range(3) for j in range(i, 3)}
+    assert {split_middle("ab", 1.0, key) for key in range(200)} == expected
+
+
 def test_one_in_ten_documents_is_cut_and_the_cuts_are_uniform() -> None:
     n, length = 20_000, 99
     chosen = [parts for i in range(n) if (parts := split_middle("x" * length, 0.1, 7, 0, 0, i))]

@@ -111,6 +111,16 @@ def test_an_index_holds_no_texts(folder) -> None:
     assert not any(text in str(value) for value in vars(documents).values())
 
 
+def test_builtin_stdlib_leaves_out_what_is_not_utf8(folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder({"b.py": "b = 1", "a.py": b"# \xe4\n" + b"x" * 99, "sub/c.py": "# ä", "test/d.py": "d", "e.txt": "e"})
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(path)})
+    source = open_sources(["builtin:stdlib"], held_out=0).sources[0]
+    assert [source.read(i).text for i in range(source.num_documents or 0)] == ["b = 1", "# ä"]
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(path / "none")})
+    with pytest.raises(UserError, match="no library source"):
+        open_sources(["builtin:stdlib"])
+
+
 def test_builtin_stdlib_is_the_librarys_own_source(tokenizer: Tokenizer) -> None:
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

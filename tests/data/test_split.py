@@ -103,6 +103,19 @@ def test_the_tail_of_a_text_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert training(mixture, 0)[0] + held_out(mixture, 0)[0] == text
 
 
+def test_a_tail_of_whole_parts_leaves_no_empty_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fireflyer.data.mixture.ReadOptions", partial(ReadOptions, part_bytes=64))
+    (tmp_path / "a.txt").write_bytes(b"x" * 6300)  # parts of 63 bytes, as no line break says where to end them
+    source = open_sources([str(tmp_path / "a.txt")], held_out=0.1).sources[0]
+    assert [len(source.read(0, part).text) for part in range(source.num_parts(0))] == [63] * 90
+
+
+@pytest.mark.parametrize("text", ["a", "é", "🙂"])
+def test_a_text_too_short_to_be_cut_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match=f"{len(text.encode())} bytes of text are too little to hold some out"):
+        open_sources([write_rows(tmp_path / "a.jsonl", [text])])
+
+
 def test_all_or_nothing_can_be_held_out(tmp_path: Path) -> None:
     spec = write_rows(tmp_path / "a.jsonl", ["one", "two"])
     assert training(open_sources([spec], held_out=0), 0) == ["one", "two"]

@@ -4,7 +4,6 @@ A row can only be had by decoding its whole row group, so row groups are kept up
 (data/documents.py) reads the rows of a few groups together.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ class ParquetReader:
         metadata = self._file.metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._first_rows = np.cumsum([0, *sizes])
-        self._groups: OrderedDict[int, Any] = OrderedDict()
+        self._groups: dict[int, Any] = {}
 
     def read(self, row: int) -> str:
         group = int(np.searchsorted(self._first_rows, row, side="right")) - 1
@@ -49,12 +48,11 @@ class ParquetReader:
 
     def _column(self, group: int) -> Any:
         if group in self._groups:
-            self._groups.move_to_end(group)
             return self._groups[group]
         column = self._file.read_row_group(group, columns=[self._options.text_column]).column(0)
         held = sum(kept.nbytes for kept in self._groups.values())
         while self._groups and held + column.nbytes > 2 * WINDOW_BYTES:
-            held -= self._groups.popitem(last=False)[1].nbytes
+            held -= self._groups.pop(next(iter(self._groups))).nbytes
         self._groups[group] = column
         return column
 

@@ -23,6 +23,4 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """U+FFFD if the stream ended inside a character, else nothing. The decoder is then ready for another stream."""
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text
+        return self._decoder.decode(b"", final=True)
