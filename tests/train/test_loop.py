@@ -20,7 +20,7 @@ from fireflyer.checkpoint.run import newest_good_checkpoint
 from fireflyer.data.packing import Batch
 from fireflyer.errors import Stopped, UserError
 from fireflyer.model.decoder import Decoder
-from fireflyer.train import events, setup, snapshot, summary
+from fireflyer.train import events, loop, setup, snapshot, summary
 from fireflyer.train.loop import Trainer, train
 from fireflyer.train.schedule import batch_size_at, bias_speed, learning_rate, mtp_weight
 from fireflyer.train.settings import Recipe
@@ -195,7 +195,7 @@ def test_a_run_its_files_and_its_events(text: Path, tmp_path: Path):
     end = train(recipe, tmp_path / "run", on_event=told.append)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 8))
-    promised = "step tokens loss mtp_loss balance_loss lr grad_norm tokens_per_s max_vio".split()  # noqa: SIM905
+    promised = "step tokens loss mtp_loss balance_loss lr grad_norm tokens_per_s max_vio".split()
     for row in rows:
         assert set(promised) <= row.keys()
         assert ("eval_loss" in row) == ("bits_per_byte" in row) == (row["step"] in (3, 6, 7))
@@ -246,6 +246,8 @@ def test_same_seed_same_bytes_other_seed_others(text: Path, tmp_path: Path):
         train(tiny_recipe(text, steps=3, seed=seed), tmp_path / name)
         weights.append(checkpoint_bytes(final(tmp_path / name))["model.safetensors"])
     assert weights[0] == weights[1] != weights[2]
+    first = [open_trainer(tiny_recipe(text, seed=seed), tmp_path / f"fresh-{seed}").state.model for seed in (1, 2)]
+    assert not torch.equal(first[0].head_weight, first[1].head_weight)
 
 
 def test_evaluation_changes_nothing(text: Path, tmp_path: Path):
@@ -313,8 +315,15 @@ def test_from_a_checkpoint_goes_on_with_its_weights_and_tokenizer(text: Path, tm
 
 def test_should_stop_saves_and_raises(text: Path, tmp_path: Path):
     asked = iter([False, True])
+    told: list[events.Event] = []
     with pytest.raises(Stopped, match="stopped and saved at step 2 of 8"):
-        train(tiny_recipe(text), tmp_path / "run", should_stop=lambda: next(asked))
+        train(
+            tiny_recipe(text, checkpoint_every=2),
+            tmp_path / "run",
+            on_event=told.append,
+            should_stop=lambda: next(asked),
+        )
+    assert [e.step for e in told if isinstance(e, events.Saved)] == [2]  # once, though it was due anyway
     assert final(tmp_path / "run").name == "step-00000002"
     assert not (tmp_path / "run/summary.json").exists()
 
@@ -325,6 +334,22 @@ def test_another_recipe_is_refused_with_the_difference(text: Path, tmp_path: Pat
     with pytest.raises(UserError, match=r"holds a run of another recipe: optimizer.weight_decay: 0.1 -> 0.2"):
         train(tiny_recipe(text, steps=3, optimizer__weight_decay=0.2), tmp_path / "run")
     assert tree(tmp_path / "run") == before
+
+
+def test_a_run_begun_meanwhile_by_another_process_is_not_written_over(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real = loop.open_inputs
+
+    def slow(*args):
+        inputs = real(*args)
+        monkeypatch.setattr(loop, "open_inputs", real)
+        train(tiny_recipe(text, steps=3, seed=5), tmp_path / "run")
+        return inputs
+
+    monkeypatch.setattr(loop, "open_inputs", slow)
+    with pytest.raises(UserError, match="another recipe: seed: 5 -> 6"):
+        train(tiny_recipe(text, steps=3, seed=6), tmp_path / "run")
 
 
 def test_a_folder_with_something_else_is_refused(text: Path, tmp_path: Path):

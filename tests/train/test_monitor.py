@@ -61,6 +61,16 @@ def test_history_counts_after_a_resume():
     assert LossMonitor(300, losses[:-1]).see(10.0) is None
 
 
+def test_a_resumed_run_knows_its_losses(tmp_path: Path):
+    recipe = tiny_recipe(write_text(tmp_path / "text.jsonl", 200))
+    train(recipe, tmp_path / "run")
+    inputs = open_inputs(recipe, tmp_path / "run", None, lambda event: None)
+    trainer = Trainer(inputs, open_state(inputs, tmp_path / "run", lambda e: None), tmp_path / "run", lambda e: None)
+    trainer.close()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert list(trainer.monitor._usual) == [row["loss"] for row in rows]
+
+
 def test_exploding_run_stops_and_the_checkpoint_before_stays(tmp_path: Path):
     """A learning rate of 30: loss far above a guess, for real."""
     text = write_text(tmp_path / "text.jsonl", 200)
@@ -98,9 +108,17 @@ def nan_gradient(state: RunState) -> None:
     state.model.model.layers[2].self_attn.o_proj.weight.register_hook(lambda g: g * math.nan)
 
 
+def nan_backward(state: RunState) -> None:
+    def hook(module, inputs, output):
+        output[0].register_hook(lambda g: g * math.nan)
+
+    state.model.model.layers[1].mlp.register_forward_hook(hook)
+
+
 @pytest.mark.parametrize(
     ("poison", "layer"),
     [
+        (nan_backward, "the gradient of model.layers.1.mlp"),  # and of all that lies before it
         (nan_output, "the output of model.layers.1.self_attn"),
         (nan_weight, "the weights of model.mtp.0.eh_proj.weight"),
         (nan_gradient, "the gradient of model.layers.2.self_attn.o_proj.weight"),

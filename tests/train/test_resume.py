@@ -137,7 +137,11 @@ def test_a_damaged_newest_checkpoint_costs_steps_but_no_bit(texts: list[str], tm
     content[-1] ^= 1
     (newest / "model.safetensors").write_bytes(content)
     told: list[events.Event] = []
-    train(recipe, tmp_path / "run", on_event=told.append)
+    with pytest.raises(Stopped):
+        train(recipe, tmp_path / "run", on_event=told.append, should_stop=stop_after(1))
+    # The damaged one is gone: it would take the place of a good one among those that are kept.
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000004", "step-00000003"]
+    train(recipe, tmp_path / "run")
     started = next(event for event in told if isinstance(event, events.Started))
     assert started.step == 3
     assert any("passed over a damaged" in e.text and "00000005" in e.text for e in told if isinstance(e, events.Notice))
