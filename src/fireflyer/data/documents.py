@@ -83,7 +83,7 @@ class FileDocuments:
         self.name = name
         self._files = list(files)
         self._options = options
-        self._readers: dict[int, ParquetReader] = {}
+        self._parquet = ParquetReader(options)
         index = _Index()
         for number, path in enumerate(self._files):
             mark = index.mark()
@@ -132,13 +132,11 @@ class FileDocuments:
     def read(self, index: int, part: int = 0) -> Document:
         """Part `part` of document `index`."""
         entry = self._first_parts[index] + part
-        number = int(self._part_files[entry])
-        path, offset, raw_bytes = self._files[number], int(self._part_offsets[entry]), int(self._part_raw_bytes[entry])
+        path = self._files[int(self._part_files[entry])]
+        offset, raw_bytes = int(self._part_offsets[entry]), int(self._part_raw_bytes[entry])
         ending = path.suffix.lower()
         if ending == PARQUET_ENDING:
-            if number not in self._readers:
-                self._readers[number] = ParquetReader(path, self._options)
-            return Document(self._readers[number].read(offset))
+            return Document(self._parquet.read(path, offset))
         if ending == JSONL_ENDING:
             return Document(read_jsonl(path, offset, raw_bytes, self._options))
         return Document(read_text(path, offset, raw_bytes, self._options))

@@ -19,41 +19,43 @@ WINDOW_BYTES = 64 * 2**20
 
 def scan_parquet(path: Path, options: ReadOptions) -> Iterator[tuple[int, Part]]:
     """(row group, text) of every row. Raises UserError naming the columns there are, or the row that has no text."""
-    file = _open(path, options.text_column)
     row = 0
-    for group in range(file.metadata.num_row_groups):
-        for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[options.text_column]):
-            column = batch.column(0)
-            for i in range(len(column)):
-                yield group, Part(row, 0, _text(column[i], path, row, options), True)
-                row += 1
+    with _open(path, options.text_column) as file:
+        for group in range(file.metadata.num_row_groups):
+            for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[options.text_column]):
+                column = batch.column(0)
+                for i in range(len(column)):
+                    yield group, Part(row, 0, _text(column[i], path, row, options), True)
+                    row += 1
 
 
 class ParquetReader:
-    """Random access to the rows of one file, with its last row groups kept in memory."""
+    """Random access to the rows of some files, with the row groups decoded last kept in memory."""
 
-    def __init__(self, path: Path, options: ReadOptions) -> None:
-        self._path = path
+    def __init__(self, options: ReadOptions) -> None:
         self._options = options
-        self._file = _open(path, options.text_column)
-        metadata = self._file.metadata
-        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        self._first_rows = np.cumsum([0, *sizes])
-        self._groups: dict[int, Any] = {}
+        self._first_rows: dict[Path, np.ndarray] = {}
+        self._groups: dict[tuple[Path, int], Any] = {}
 
-    def read(self, row: int) -> str:
-        group = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        column = self._column(group)
-        return _text(column[row - int(self._first_rows[group])], self._path, row, self._options)
+    def read(self, path: Path, row: int) -> str:
+        """The text in one row of one file."""
+        if path not in self._first_rows:
+            with _open(path, self._options.text_column) as file:
+                sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+            self._first_rows[path] = np.cumsum([0, *sizes])
+        group = int(np.searchsorted(self._first_rows[path], row, side="right")) - 1
+        value = self._column(path, group)[row - int(self._first_rows[path][group])]
+        return _text(value, path, row, self._options)
 
-    def _column(self, group: int) -> Any:
-        if group in self._groups:
-            return self._groups[group]
-        column = self._file.read_row_group(group, columns=[self._options.text_column]).column(0)
+    def _column(self, path: Path, group: int) -> Any:
+        if (path, group) in self._groups:
+            return self._groups[path, group]
+        with _open(path, self._options.text_column) as file:
+            column = file.read_row_group(group, columns=[self._options.text_column]).column(0)
         held = sum(kept.nbytes for kept in self._groups.values())
         while self._groups and held + column.nbytes > 2 * WINDOW_BYTES:
             held -= self._groups.pop(next(iter(self._groups))).nbytes
-        self._groups[group] = column
+        self._groups[path, group] = column
         return column
 
 
