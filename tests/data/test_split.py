@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fireflyer.data.files import ReadOptions
 from fireflyer.data.mixture import Mixture, open_sources
+from fireflyer.data.split import _Splitter
 from fireflyer.errors import UserError
 
 
@@ -108,6 +109,17 @@ def test_a_tail_of_whole_parts_leaves_no_empty_part(tmp_path: Path, monkeypatch:
     (tmp_path / "a.txt").write_bytes(b"x" * 6300)  # parts of 63 bytes, as no line break says where to end them
     source = open_sources([str(tmp_path / "a.txt")], held_out=0.1).sources[0]
     assert [len(source.read(0, part).text) for part in range(source.num_parts(0))] == [63] * 90
+
+
+def test_many_copies_of_one_short_text_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    original = _Splitter._copies
+    monkeypatch.setattr(_Splitter, "_copies", lambda *args: looks.append(1) or original(*args))
+    with pytest.raises(UserError, match="too little"):
+        open_sources([write_rows(tmp_path / "a.jsonl", ["a"] * 1000)])
+    mixture = open_sources([write_rows(tmp_path / "b.jsonl", ["a"] * 1000 + ["bb"] * 25 + ["c"] * 350)])
+    assert held_out(mixture, 0) == ["c"] * 350  # a quarter of the text
+    assert len(looks) < 10
 
 
 @pytest.mark.parametrize("text", ["a", "é", "🙂"])

@@ -111,9 +111,14 @@ class _Splitter:
         if split.cuts or split.held_out.any():
             return
         wanted = self._wanted(int(sizes.sum()))
+        tried: set[int] = set()
         for document in reversed(range(len(sizes))):
-            if split.held_out[document]:
+            text_hash = int(self._sources[number].hashes[document])
+            if wanted == 0:
+                return
+            if text_hash in tried:
                 continue
+            tried.add(text_hash)
             copies = self._copies(number, document)
             if sizes[document] * len(copies[number]) <= wanted and self._can_spare(copies):
                 for one, twins in zip(self._splits, copies, strict=True):
