@@ -79,24 +79,27 @@ def main() -> Proof:
 
 
 def kill_again_and_again(arguments: Sequence[str], run_dir: Path, *, kills: int, seed: int) -> list[Death]:
-    """Start the run `kills` times and kill it each time: mid-save, at a random moment of training, or of starting up.
+    """Start the run `kills` times and kill it each time: as a save begins, some steps on, or while starting up.
 
     Ends early where the run gets to its end before the kill.
     """
     draw = random.Random(seed)
     deaths: list[Death] = []
+    start_s = 0.0
     for number in range(kills):
-        kind = ("save", "training", "save", "start")[number % 4]
+        begun = time.monotonic()
+        kind = ("save", "training", "start", "save")[number % 4]
         if kind == "save":
             waits: list[Callable[[], bool]] = [_a_save_begins(run_dir)] * draw.randint(1, 2)
         elif kind == "training":
-            waits = [_metrics_grow(run_dir), _seconds(draw.uniform(0, 0.5))]
+            waits = [_steps_done(run_dir, draw.randint(1, 8)), _seconds(draw.uniform(0, 0.02))]
         else:
-            waits = [_seconds(draw.uniform(0, 4))]
+            waits = [_seconds(start_s * draw.uniform(0.1, 1))]
         death = _kill(arguments, run_dir, waits)
         if death is None:
             break
         deaths.append(death)
+        start_s = start_s or time.monotonic() - begun
     return deaths
 
 
@@ -162,9 +165,10 @@ def _a_save_begins(run_dir: Path) -> Callable[[], bool]:
     return begins
 
 
-def _metrics_grow(run_dir: Path) -> Callable[[], bool]:
+def _steps_done(run_dir: Path, number: int) -> Callable[[], bool]:
+    """True once so many steps more than at any time before have their metrics on disk."""
     before = _lines(run_dir)
-    return lambda: _lines(run_dir) > before
+    return lambda: _lines(run_dir) >= before + number
 
 
 def _seconds(number: float) -> Callable[[], bool]:

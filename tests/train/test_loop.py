@@ -281,6 +281,26 @@ def test_bf16_keeps_fp32_weights_moments_and_gate_biases(text: Path, tmp_path: P
     assert config["torch_dtype"] == "float32"
 
 
+def test_compiled_equals_eager(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With tracing alone: generating code takes a minute. And one line where there is no compiler."""
+    small = {"steps": 3, "model__num_hidden_layers": 2, "model__num_nextn_predict_layers": 0}
+    train(tiny_recipe(text, **small), tmp_path / "eager")
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend="eager"))
+    train(tiny_recipe(text, **small, compile=True), tmp_path / "compiled")
+    ours, theirs = (load_model(tmp_path / name).state_dict() for name in ("compiled", "eager"))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5)
+
+    def absent(function):
+        raise RuntimeError("no C++ compiler\nlong story")
+
+    monkeypatch.setattr(torch, "compile", absent)
+    with pytest.raises(UserError, match=r"doesn't work here \(no C\+\+ compiler\); --set compile=false"):
+        train(tiny_recipe(text, steps=3, compile=True), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_threads_are_set_stored_and_given_back(text: Path, tmp_path: Path):
     before = torch.get_num_threads()
     seen = []

@@ -178,6 +178,9 @@ def test_killed_again_and_again_exports_the_same_bytes(texts: list[str], tmp_pat
     train(tiny_recipe(*texts, **settings), tmp_path / "whole")  # in this process, the others in their own
     deaths = kill_again_and_again(arguments, tmp_path / "killed", kills=4, seed=5)
     assert len(deaths) == 4
+    for seed in range(4):  # a busy machine may let a save end before the kill
+        if not any(death.in_save for death in deaths):
+            deaths += kill_again_and_again(arguments, tmp_path / "killed", kills=1, seed=seed)
     assert any(death.in_save for death in deaths)
     finish(arguments, tmp_path / "killed")
     expected = outcome(tmp_path / "whole", tmp_path / "exported-whole")

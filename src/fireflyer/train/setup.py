@@ -111,9 +111,22 @@ def choose(recipe: Recipe) -> Recipe:
     number = int(device.partition(":")[2] or 0)
     if not present[device.partition(":")[0]] or (number and number >= torch.cuda.device_count()):
         raise UserError(f"device = {device} isn't on this machine; leave it out, or --set device=cpu")
+    if recipe.compile:
+        _check_compiler(device)
     dtype = recipe.dtype if recipe.dtype != "auto" else "bf16" if device.startswith("cuda") else "fp32"
     threads = recipe.threads or torch.get_num_threads()
     return recipe.model_copy(update={"device": device, "dtype": dtype, "threads": threads})
+
+
+def _check_compiler(device: str) -> None:
+    """torch.compile needs a C++ compiler (on a GPU, Triton); what it raises without one is of a dozen kinds."""
+    try:
+        torch.compile(lambda x: x.exp() + 1)(torch.zeros(8, device=device))
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"compile = true: torch.compile doesn't work here ({first_line}); --set compile=false"
+        ) from error
 
 
 def lay_out(inputs: Inputs, run_dir: Path) -> None:
