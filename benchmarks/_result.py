@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -21,8 +22,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 class Table:
     """One table of the docs; a cell is text as it shall appear, or a number."""
 
-    columns: list[str]
-    rows: list[list[str | int | float]]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | int | float]]
 
 
 @dataclass(frozen=True)
