@@ -96,6 +96,22 @@ def test_a_stopped_demo_goes_on(tmp_path: Path, finished: tuple[Path, DemoSummar
     assert (run_dir / last).read_bytes() == (whole_dir / last).read_bytes()
 
 
+def test_a_stop_during_the_examination_keeps_the_training(tmp_path: Path, finished: tuple[Path, DemoSummary]):
+    run_dir = tmp_path / "run"
+    seen: list[Event | Scoring] = []
+    with pytest.raises(Stopped, match="examination"):
+        run_demo(
+            run_dir,
+            overrides=TINY,
+            on_event=seen.append,
+            should_stop=lambda: any(isinstance(event, Scoring) for event in seen),
+        )
+    before = len(seen)
+    summary = run_demo(run_dir, overrides=TINY, on_event=seen.append)
+    assert summary.examples == finished[1].examples
+    assert [event.already for event in seen[before:] if isinstance(event, Finished)] == [True]
+
+
 def test_another_runs_folder_is_refused(finished: tuple[Path, DemoSummary]):
     run_dir, _ = finished
     with pytest.raises(UserError, match="another recipe"):

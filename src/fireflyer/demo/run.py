@@ -16,6 +16,7 @@ from fireflyer.checkpoint.run import write_text
 from fireflyer.checkpoint.run_folder import SUMMARY, read_metrics
 from fireflyer.cost.flops import mtp_training_flops_per_token, training_flops_per_token
 from fireflyer.data.arithmetic import Problem, format_problem, held_out_problems, read_answer, worked_answer
+from fireflyer.errors import Stopped
 from fireflyer.evaluate.machine import measure_matmul_flops_per_s
 from fireflyer.evaluate.speculation import mtp_acceptance
 from fireflyer.infer.llm import LLM
@@ -31,7 +32,7 @@ USD_PER_HOUR = 0.10
 
 _BALANCE_STEPS = 100
 _ANSWER_TOKENS = len(worked_answer(1, "+", 1)) + 1
-_SCORED_TOGETHER = 250
+_SCORED_TOGETHER = 125
 
 
 @dataclass(frozen=True)
@@ -91,17 +92,21 @@ def run_demo(
     stored = json.loads(path.read_text(encoding="utf-8"))
     if "accuracy" in stored:
         return DemoSummary(**{key: stored[key] for key in DemoSummary.__dataclass_fields__})
-    summary = _summarise(run_dir, recipe, usd_per_hour, on_event)
+    summary = _summarise(run_dir, recipe, usd_per_hour, on_event, should_stop)
     write_text(path, json.dumps({**stored, **asdict(summary)}, indent=2) + "\n")
     return summary
 
 
 def _summarise(
-    run_dir: Path, recipe: Recipe, usd_per_hour: float, on_event: Callable[[Event | Scoring], None]
+    run_dir: Path,
+    recipe: Recipe,
+    usd_per_hour: float,
+    on_event: Callable[[Event | Scoring], None],
+    should_stop: Callable[[], bool],
 ) -> DemoSummary:
-    llm = LLM(run_dir, max_num_seqs=256)
+    llm = LLM(run_dir, max_num_seqs=_SCORED_TOGETHER)
     problems = held_out_problems(recipe.seed)
-    outputs = _answer(llm, problems, on_event)
+    outputs = _answer(llm, problems, on_event, should_stop)
     right = [read_answer(output.outputs[0].text) == p.result for p, output in zip(problems, outputs, strict=True)]
     metrics = read_metrics(run_dir)
     train_s, tokens = metrics[-1]["train_s"], metrics[-1]["tokens"]
@@ -139,10 +144,17 @@ def _summarise(
     )
 
 
-def _answer(llm: LLM, problems: Sequence[Problem], on_event: Callable[[Event | Scoring], None]) -> list[RequestOutput]:
+def _answer(
+    llm: LLM,
+    problems: Sequence[Problem],
+    on_event: Callable[[Event | Scoring], None],
+    should_stop: Callable[[], bool],
+) -> list[RequestOutput]:
     outputs: list[RequestOutput] = []
     correct = 0
     for start in range(0, len(problems), _SCORED_TOGETHER):
+        if should_stop():
+            raise Stopped("stopped during the examination; the training is saved, the same command examines again")
         part = problems[start : start + _SCORED_TOGETHER]
         answers = llm.generate(
             [format_problem(*p) for p in part], SamplingParams(max_tokens=_ANSWER_TOKENS, temperature=0)

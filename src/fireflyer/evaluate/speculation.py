@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from fireflyer.model.decoder import Decoder
+
+_TOGETHER = 128
 
 
 @torch.no_grad()
@@ -23,14 +26,16 @@ def mtp_acceptance(model: Decoder, sequences: Sequence[tuple[Sequence[int], int]
     if not model.config.num_nextn_predict_layers:
         return None
     accepted = drafted = 0
-    for ids, prompt_length in sequences:
-        tokens = torch.tensor([ids], device=model.head_weight.device)
-        if len(ids) - prompt_length < 2:
+    for start in range(0, len(sequences), _TOGETHER):
+        part = [s for s in sequences[start : start + _TOGETHER] if len(s[0]) - s[1] >= 2]
+        if not part:
             continue
-        drafts = model.head(model.trunk(tokens, num_mtp=1).mtp_hidden[0])[0].argmax(-1)
-        # Row i of depth 1 knows the tokens up to i+1 and drafts token i+2.
-        first = prompt_length + 1
-        said = tokens[0, first:]
-        accepted += int((drafts[first - 2 : first - 2 + len(said)] == said).sum())
-        drafted += len(said)
+        # Padding at the right is seen by no token before it.
+        tokens = pad_sequence([torch.tensor(ids) for ids, _ in part], batch_first=True).to(model.head_weight.device)
+        drafts = model.head(model.trunk(tokens, num_mtp=1).mtp_hidden[0]).argmax(-1)
+        for row, (ids, prompt_length) in enumerate(part):
+            # Row i of depth 1 knows the tokens up to i+1 and drafts token i+2.
+            first = prompt_length + 1
+            accepted += int((drafts[row, first - 2 : len(ids) - 2] == tokens[row, first : len(ids)]).sum())
+            drafted += len(ids) - first
     return accepted / drafted if drafted else None

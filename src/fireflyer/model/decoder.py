@@ -6,6 +6,7 @@ on; `forward` goes on to logits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from fireflyer.config import ModelConfig
 from fireflyer.model.attention import AttentionInputs, Form, causal_mask
 from fireflyer.model.block import Block
 from fireflyer.model.cache import LatentCache
-from fireflyer.model.experts import Gate, Routing
+from fireflyer.model.experts import Experts, Gate, Routing
 from fireflyer.model.mtp import MTPModule
 from fireflyer.model.norm import RMSNorm
 from fireflyer.model.rope import rope_amplitude, rope_cos_sin, rope_frequencies
@@ -198,6 +199,18 @@ def _attention_inputs(
         same_BTS = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
         mask_BTS = same_BTS & causal_mask(positions_BT.shape[1], positions_BT.device)
     return AttentionInputs(*cos_sin, positions_BT, mask_BTS, cache, num_slots, form)
+
+
+def compile_trunk(model: Decoder) -> Callable[..., TrunkOutput]:
+    """`model.trunk` by torch.compile, without the routed experts.
+
+    Their shapes depend on the routing, and the compiler's grouped_mm refuses fp32. They are marked here, not where they
+    are written, because the mark loads the compiler: a second for everyone who never compiles.
+    """
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.forward = torch.compiler.disable(module.forward)
+    return torch.compile(model.trunk)
 
 
 @torch.no_grad()

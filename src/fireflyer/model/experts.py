@@ -69,7 +69,6 @@ class _Combine(torch.autograd.Function):
         return spread_MD * weight_M[:, None], grad_weights_NK, None, None
 
 
-@torch.compiler.disable(reason="the shapes depend on the routing, and the compiler's grouped_mm refuses fp32")
 def grouped_linear(x_MD: Tensor, weight_EOD: Tensor, ends_E: Tensor) -> Tensor:
     """x · Wᵀ where rows up to `ends_E[e]` (int32, cumulative) belong to expert e: (M, D) by (E, O, D) gives (M, O)."""
     device = x_MD.device.type

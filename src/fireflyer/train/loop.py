@@ -26,6 +26,7 @@ from fireflyer.cost.parameters import count_parameters
 from fireflyer.data.packing import Batch
 from fireflyer.errors import Stopped, UserError
 from fireflyer.evaluate.likelihood import Likelihood, held_out_likelihood
+from fireflyer.model.decoder import compile_trunk
 from fireflyer.model.routing import expert_counts, max_violation, update_gate_bias_
 from fireflyer.train import events
 from fireflyer.train.average import update_average_
@@ -95,7 +96,7 @@ class Trainer:
         self.on_event = on_event
         self.total_steps = run_steps(self.recipe)
         self.parameters = list(state.model.parameters())
-        self.trunk = torch.compile(state.model.trunk) if self.recipe.compile else state.model.trunk
+        self.trunk = compile_trunk(state.model) if self.recipe.compile else state.model.trunk
         self.metrics = MetricsLog(run_dir, resume_step=state.step)
         history = read_metrics(run_dir)
         self.recent = deque(history, maxlen=RECENT_STEPS)
