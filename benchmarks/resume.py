@@ -130,6 +130,7 @@ def outcome(run_dir: Path, folder: Path) -> dict[str, Any]:
 
 def _kill(arguments: Sequence[str], run_dir: Path, waits: Sequence[Callable[[], bool]]) -> Death | None:
     """Start, wait until each of `waits` has been true in turn, SIGKILL. None: it ended by itself before that."""
+    left_before = _unfinished(run_dir)
     process = subprocess.Popen(_command(arguments, run_dir), **_settings())
     begun = time.monotonic()
     for wait in waits:
@@ -145,12 +146,12 @@ def _kill(arguments: Sequence[str], run_dir: Path, waits: Sequence[Callable[[], 
             time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    return Death(step=_lines(run_dir), in_save=bool(_unfinished(run_dir)))
+    return Death(step=_lines(run_dir), in_save=bool(_unfinished(run_dir) - left_before))
 
 
 def _a_save_begins(run_dir: Path) -> Callable[[], bool]:
     """True once a folder is being written that wasn't when this was last true (or first asked)."""
-    known: set[str] = set()
+    known: set[tuple[str, int]] = set()
     asked = False
 
     def begins() -> bool:
@@ -181,9 +182,11 @@ def _seconds(number: float) -> Callable[[], bool]:
     return over
 
 
-def _unfinished(run_dir: Path) -> set[str]:
+def _unfinished(run_dir: Path) -> set[tuple[str, int]]:
+    """Checkpoints being written, or left so: name and inode, since a killed one's name comes again."""
     try:
-        return {name for name in os.listdir(run_dir / "checkpoints") if name.startswith(".saving")}
+        with os.scandir(run_dir / "checkpoints") as entries:
+            return {(entry.name, entry.inode()) for entry in entries if entry.name.startswith(".saving")}
     except OSError:
         return set()
 
