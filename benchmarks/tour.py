@@ -24,10 +24,11 @@ COMMANDS = {
 
 
 def main() -> Proof:
-    """Runs the commands in an empty folder whose `notes/` are these docs; each must exit with 0."""
+    """Runs the commands in an empty folder whose `notes/` are this project; each must exit with 0."""
     outputs, seconds = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(ROOT / "docs", Path(folder) / "notes")
+        for part in ("docs", "src", "tests"):
+            shutil.copytree(ROOT / part, Path(folder) / "notes" / part)
         for name, command in COMMANDS.items():
             began = time.perf_counter()
             outputs[name] = f"$ fireflyer {command}\n{_run(command, folder)}"
