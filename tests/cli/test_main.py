@@ -1,5 +1,6 @@
 """The command as a whole: exit codes, one line on stderr, nothing heavy before a verb runs."""
 
+import os
 import subprocess
 import sys
 import time
@@ -127,3 +128,19 @@ def test_the_program_returns_the_code_of_the_verb():
     assert done.returncode == 2
     assert done.stderr.startswith("fireflyer: 'nowhere' is no file or folder")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_waiting_threads_are_told_to_sleep_before_torch_loads(given: dict[str, str], expected: str | None):
+    program = (
+        "import os, sys\nfrom fireflyer.cli.main import main\nassert main(['--version']) == 0\n"
+        "assert 'torch' not in sys.modules\nprint(repr(os.environ.get('GOMP_SPINCOUNT')))"
+    )
+    others = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**others, **given}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines()[-1:] == [repr(expected)], done.stderr

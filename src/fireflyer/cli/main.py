@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` without the program's name, sys.argv's by default. Returns the exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" and goes on
+    _shorten_spinning()
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
@@ -94,6 +95,16 @@ def _run(argv: Sequence[str]) -> int:
     if unknown:
         subparsers.choices[args.verb].refuse(unknown[0])
     return VERBS[args.verb].run(args)
+
+
+def _shorten_spinning() -> None:
+    """Let torch's threads sleep sooner where they wait for one another; the user's own settings stay.
+
+    By default they spin for so long that any other busy process takes most of a run's speed (benchmarks/contention.py).
+    The OpenMP library reads this once, when torch loads it, so it must be set before.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _say(message: str, code: int) -> int:
