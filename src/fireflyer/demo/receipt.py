@@ -54,7 +54,7 @@ def _at_v3_size() -> list[str]:
 def _next(s: DemoSummary, run_dir: Path) -> list[str]:
     return [
         "Try next",
-        f'  fireflyer generate {run_dir} "{s.examples[0]["prompt"]}"',
+        f'  fireflyer generate {run_dir} "{s.examples[0]["prompt"]}" --temperature 0',
         "  fireflyer pretrain --data YOUR_FOLDER --run runs/mine",
         f"  fireflyer export {run_dir} my-checkpoint",
     ]
