@@ -32,11 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.here:
         return _run_here(options.parts[0])
     failed = [] if options.tables else [part for part in options.parts or parts() if _run_aside(part)]
-    for path in rewrite_all():
+    changed, lacking = rewrite_all()
+    for path in changed:
         print(f"rewrote {path.relative_to(ROOT)}")
+    for line in lacking:
+        print(line, file=sys.stderr)
     if failed:
         print(f"failed or missed a target: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if failed or lacking else 0
 
 
 def _run_aside(part: str) -> int:

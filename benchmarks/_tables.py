@@ -23,16 +23,20 @@ def document_paths() -> list[Path]:
     return sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
-def rewrite_all() -> list[Path]:
-    """Rewrites every page that differs from the results; returns the pages changed."""
-    changed = []
+def rewrite_all() -> tuple[list[Path], list[str]]:
+    """Rewrites every page that differs from the results; returns the pages changed, and what some page still lacks."""
+    changed, lacking = [], []
     for path in document_paths():
         before = path.read_text(encoding="utf-8")
-        after = rewrite(before, chinese=path.name.endswith(".zh-CN.md"), source=path.name)
+        try:
+            after = rewrite(before, chinese=path.name.endswith(".zh-CN.md"), source=path.name)
+        except ValueError as error:
+            lacking.append(str(error))
+            continue
         if after != before:
             path.write_text(after, encoding="utf-8")
             changed.append(path)
-    return changed
+    return changed, lacking
 
 
 def rewrite(text: str, *, chinese: bool = False, source: str = "text", results: Path = RESULTS) -> str:
