@@ -25,7 +25,7 @@ def test_the_published_models_have_the_published_sizes(preset, main, mtp):
     start = time.monotonic()
     with torch.device("meta"):
         model = Decoder(load_config(preset))
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert all(tensor.is_meta for tensor in tensors.values())
     counts = {"main": 0, "mtp": 0}
