@@ -36,7 +36,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--from", dest="init_from", metavar="CHECKPOINT", help="go on from these weights: continued pretraining"
     )
-    parser.add_argument("--run", metavar="DIR", help="the run's folder: checkpoints, metrics, recipe")
+    parser.add_argument(
+        "--run",
+        metavar="DIR",
+        help="the run's folder: checkpoints, metrics, recipe (default runs/ and the recipe's name)",
+    )
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -73,16 +77,25 @@ def run(args: argparse.Namespace) -> int:
         facts = plan(recipe)
         print(json.dumps(facts) if args.json else describe(facts))
         return 0
-    if args.run is None:
-        raise UserError("pretrain keeps its run in a folder: give --run DIR (or --dry-run to see its schedule)")
     if not recipe.data.sources:
         raise UserError("no data: give --data PATH (files or folders of text), or --data builtin:stdlib to try it")
-    summary = _train(recipe, args.run, args.json)
+    run_dir = args.run or _default_run(args.recipe or args.init_from)
+    summary = _train(recipe, run_dir, args.json)
     if args.json:
         from dataclasses import asdict
 
-        print(json.dumps({"run_dir": args.run, **asdict(summary)}))
+        print(json.dumps({"run_dir": run_dir, **asdict(summary)}))
     return 0
+
+
+def _default_run(config: str | None) -> str:
+    """runs/NAME, after the recipe, the model shape or the checkpoint."""
+    from pathlib import Path
+
+    from fireflyer.train.recipe import DEFAULT_RECIPE
+
+    path = Path(config or DEFAULT_RECIPE).resolve()
+    return str(Path("runs") / (path.stem if path.suffix in (".toml", ".json") else path.name))
 
 
 def _train(recipe: Recipe, run_dir: str, json_on_stdout: bool) -> Summary:
