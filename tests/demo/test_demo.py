@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fireflyer.checkpoint.hf import load_model
 from fireflyer.checkpoint.run_folder import read_metrics
 from fireflyer.data.arithmetic import format_problem, held_out_problems, worked_answer
 from fireflyer.demo.receipt import receipt
@@ -32,6 +33,8 @@ def test_the_summary_has_the_promised_keys(finished: tuple[Path, DemoSummary]):
     assert summary.sums == summary.differences == 500
     assert summary.two_eight_digit_numbers >= 300
     assert summary.tokens == 6 * 4 * 70
+    model = load_model(run_dir)
+    assert summary.parameters == sum(t.numel() for t in model.state_dict().values())  # gate biases counted
 
 
 def test_the_bill_adds_up(finished: tuple[Path, DemoSummary]):

@@ -15,6 +15,7 @@ from statistics import mean
 from fireflyer.checkpoint.run import write_text
 from fireflyer.checkpoint.run_folder import SUMMARY, read_metrics
 from fireflyer.cost.flops import mtp_training_flops_per_token, training_flops_per_token
+from fireflyer.cost.parameters import count_parameters
 from fireflyer.data.arithmetic import Problem, format_problem, held_out_problems, read_answer, worked_answer
 from fireflyer.errors import Stopped
 from fireflyer.evaluate.machine import measure_matmul_flops_per_s
@@ -110,7 +111,7 @@ def _summarise(
     right = [read_answer(output.outputs[0].text) == p.result for p, output in zip(problems, outputs, strict=True)]
     metrics = read_metrics(run_dir)
     train_s, tokens = metrics[-1]["train_s"], metrics[-1]["tokens"]
-    config = llm.config
+    config, counts = llm.config, count_parameters(llm.config)
     flops = tokens * (
         training_flops_per_token(config, recipe.seq_len) + mtp_training_flops_per_token(config, recipe.seq_len)
     )
@@ -139,7 +140,7 @@ def _summarise(
         usd=train_s / 3600 * usd_per_hour,
         max_vio=mean(row["max_vio"] for row in metrics[-_BALANCE_STEPS:]),
         mtp_acceptance=mtp_acceptance(llm.model, sequences) or 0.0,
-        parameters=sum(p.numel() for p in llm.model.parameters()),
+        parameters=counts.total + counts.mtp,
         examples=_examples(problems, outputs, right),
     )
 
