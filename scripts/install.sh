@@ -15,6 +15,19 @@ stop() { say "$*"; exit 1; }
 command -v "$python" >/dev/null 2>&1 ||
     stop "no '$python' here: install Python 3.10 or newer, or name one with PYTHON=/path/to/python3"
 
+apt_install() {
+    # As root, on Debian and its children: the named packages, quietly. The log is shown where that fails.
+    log=$(mktemp)
+    if { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"; } \
+        >"$log" 2>&1; then
+        rm -f "$log"
+        return 0
+    fi
+    cat "$log" >&2
+    rm -f "$log"
+    return 1
+}
+
 need_venv_module() {
     # Debian and its children split ensurepip off into pythonX.Y-venv; without it `-m venv` leaves a broken folder.
     "$python" -c 'import ensurepip, venv' 2>/dev/null && return
@@ -29,14 +42,22 @@ need_venv_module() {
         exit 1
     fi
     say "installing $package (this Python cannot make environments without it)"
-    log=$(mktemp)
-    if ! { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$package"; } \
-        >"$log" 2>&1; then
-        cat "$log" >&2
-        rm -f "$log"
-        stop "could not install $package; mend what apt-get says above, then make again"
+    apt_install "$package" || stop "could not install $package; mend what apt-get says above, then make again"
+}
+
+want_test_programs() {
+    # The page is tested in a real browser, the fleet on a real Slurm. Without them those tests say so and are skipped.
+    missing=
+    command -v chromium >/dev/null 2>&1 || command -v google-chrome >/dev/null 2>&1 || missing=chromium
+    command -v slurmctld >/dev/null 2>&1 || missing="$missing slurmctld slurmd slurm-client munge"
+    [ -n "$missing" ] || return 0
+    if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; then
+        say "installing for the tests: $missing"
+        # shellcheck disable=SC2086 # a list of packages
+        apt_install $missing || stop "could not install $missing; mend what apt-get says above, then make again"
+    else
+        say "not here: $missing; the tests that need it are skipped. On Debian: apt-get install $missing"
     fi
-    rm -f "$log"
 }
 
 made="$venv/.fireflyer-made" # only an environment made here may be made again
@@ -72,7 +93,10 @@ echo "torch==$(torch_version)" >"$constraint"
 say "installing Fireflyer ($what) beside torch $(torch_version)"
 case $what in
 core) pip install -qq --constraint "$constraint" --editable . ;;
-dev) pip install -qq --constraint "$constraint" --editable '.[dev]' ;;
+dev)
+    pip install -qq --constraint "$constraint" --editable '.[dev]'
+    want_test_programs
+    ;;
 *) stop "install.sh knows 'core' and 'dev', not '$what'" ;;
 esac
 
