@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fireflyer.model.attention import AttentionInputs, LatentAttention
+from fireflyer.model.attention import AttentionGroup, AttentionInputs, LatentAttention
 from fireflyer.model.cache import ContiguousCache
 from fireflyer.model.rope import rope_amplitude, rope_cos_sin, rope_frequencies
 
@@ -64,7 +64,7 @@ def test_both_forms_equal_the_formulas(form, kind, scale, tiny):
     positions = torch.arange(12) + 30
     frequencies = rope_frequencies(model.config)
     cos, sin = rope_cos_sin(frequencies, positions[None], rope_amplitude(model.config.rope_scaling))
-    inputs = AttentionInputs(cos, sin, positions[None], None, None, 12, form)
+    inputs = AttentionInputs(cos, sin, (AttentionGroup(positions[None], None, None, 12, form),))
     with torch.no_grad():
         out = layer(x_BTD, inputs, 0)[0]
     expected = naive_attention(layer, x_BTD[0], positions.tolist(), frequencies.tolist(), scale, model.config)

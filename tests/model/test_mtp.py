@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fireflyer.model.attention import AttentionInputs
+from fireflyer.model.attention import AttentionGroup, AttentionInputs
 from fireflyer.model.cache import ContiguousCache
 from fireflyer.model.rope import rope_cos_sin, rope_frequencies
 
@@ -67,7 +67,7 @@ def row_by_row(model, sequence):
             rows.append(module.eh_proj.weight @ joined)
         positions = torch.arange(tokens - k)[None]
         cos, sin = rope_cos_sin(rope_frequencies(model.config), positions, 1.0)
-        inputs = AttentionInputs(cos, sin, positions, None, None, tokens - k, "expanded")
+        inputs = AttentionInputs(cos, sin, (AttentionGroup(positions, None, None, tokens - k, "expanded"),))
         block_out = module.block(torch.stack(rows)[None], inputs)[0]
         previous = list(module.norm(block_out)[0])
         result.append(torch.stack(previous))

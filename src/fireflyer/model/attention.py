@@ -23,17 +23,28 @@ Form = Literal["expanded", "absorbed"]
 
 
 @dataclass(frozen=True)
-class AttentionInputs:
-    """What all layers of one call share."""
+class AttentionGroup:
+    """Rows of a call that attend alike: B sequences with T tokens each. All layers share it."""
 
-    cos_BTR: Tensor
-    sin_BTR: Tensor
     positions_BT: Tensor
     mask_BTS: Tensor | None
-    """True where a query may look; None is plain causal over the call's own tokens."""
+    """True where a query may look; None is plain causal over the group's own tokens, or no limit for a single token."""
     cache: LatentCache | None
     num_slots: int
     form: Form
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What all layers of one call share.
+
+    An ordinary call is one group of its own shape. An engine's call is (1, N, D): the rows of its groups, one after the
+    other, so that projections, feed-forward and experts see all tokens at once whatever sequence they belong to.
+    """
+
+    cos_BTR: Tensor
+    sin_BTR: Tensor
+    groups: tuple[AttentionGroup, ...]
 
 
 class LatentAttention(nn.Module):
@@ -63,17 +74,39 @@ class LatentAttention(nn.Module):
         kv_latent_BTL, rope_key_BTR = self.kv_a_proj_with_mqa(x_BTD).split((self.latent, self.rope), dim=-1)
         kv_latent_BTL = self.kv_a_layernorm(kv_latent_BTL)
         rope_key_BTR = apply_rope(rope_key_BTR, inputs.cos_BTR, inputs.sin_BTR)
-        if inputs.cache is not None:
+        rows = (q_nope_BTHP, q_rope_BTHR, kv_latent_BTL, rope_key_BTR)
+        if len(inputs.groups) == 1 and inputs.groups[0].positions_BT.shape == x_BTD.shape[:2]:
+            return self.o_proj(self._attend(*rows, inputs.groups[0], layer_index))
+        parts, start = [], 0
+        for group in inputs.groups:
+            shape = group.positions_BT.shape
+            stop = start + shape.numel()
+            own = (tensor.flatten(0, 1)[start:stop].unflatten(0, shape) for tensor in rows)
+            parts.append(self._attend(*own, group, layer_index).flatten(0, 1))
+            start = stop
+        return self.o_proj(torch.cat(parts).view(*x_BTD.shape[:2], -1))
+
+    def _attend(
+        self,
+        q_nope_BTHP: Tensor,
+        q_rope_BTHR: Tensor,
+        kv_latent_BTL: Tensor,
+        rope_key_BTR: Tensor,
+        group: AttentionGroup,
+        layer_index: int,
+    ) -> Tensor:
+        """One group: what the heads have read, side by side, (B, T, H*V)."""
+        if group.cache is not None:
             latent_BTC = torch.cat((kv_latent_BTL, rope_key_BTR), dim=-1)
-            kept_BSC = inputs.cache.extend(layer_index, latent_BTC, inputs.positions_BT, inputs.num_slots)
-            kept_BSC = kept_BSC.to(x_BTD.dtype)
-            if inputs.form == "absorbed":
-                return self._absorbed(q_nope_BTHP, q_rope_BTHR, kept_BSC, inputs.mask_BTS)
+            kept_BSC = group.cache.extend(layer_index, latent_BTC, group.positions_BT, group.num_slots)
+            kept_BSC = kept_BSC.to(q_nope_BTHP.dtype)
+            if group.form == "absorbed":
+                return self._absorbed(q_nope_BTHP, q_rope_BTHR, kept_BSC, group.mask_BTS)
             kv_latent_BTL, rope_key_BTR = kept_BSC.split((self.latent, self.rope), dim=-1)
-        elif inputs.form == "absorbed":
+        elif group.form == "absorbed":
             kept_BSC = torch.cat((kv_latent_BTL, rope_key_BTR), dim=-1)
-            return self._absorbed(q_nope_BTHP, q_rope_BTHR, kept_BSC, inputs.mask_BTS)
-        return self._expanded(q_nope_BTHP, q_rope_BTHR, kv_latent_BTL, rope_key_BTR, inputs.mask_BTS)
+            return self._absorbed(q_nope_BTHP, q_rope_BTHR, kept_BSC, group.mask_BTS)
+        return self._expanded(q_nope_BTHP, q_rope_BTHR, kv_latent_BTL, rope_key_BTR, group.mask_BTS)
 
     def _queries(self, x_BTD: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if self.has_q_latent else self.q_proj(x_BTD)
@@ -96,7 +129,7 @@ class LatentAttention(nn.Module):
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=None if mask is None else mask[:, None], is_causal=mask is None, scale=self.scale
         )
-        return self.o_proj(out[..., : self.value].transpose(1, 2).flatten(2))
+        return out[..., : self.value].transpose(1, 2).flatten(2)
 
     def _absorbed(self, q_nope_BTHP: Tensor, q_rope_BTHR: Tensor, kept_BSC: Tensor, mask_BTS: Tensor | None) -> Tensor:
         batch, tokens = q_nope_BTHP.shape[:2]
@@ -115,7 +148,7 @@ class LatentAttention(nn.Module):
         out_BXL = torch.bmm(weights_BXS, kept_BSC[..., : self.latent])
         out_HNL = out_BXL.unflatten(1, (tokens, self.num_heads)).flatten(0, 1).transpose(0, 1)
         out_HNV = torch.bmm(out_HNL, up_value_HVL.transpose(1, 2))
-        return self.o_proj(out_HNV.transpose(0, 1).flatten(1).unflatten(0, (batch, tokens)))
+        return out_HNV.transpose(0, 1).flatten(1).unflatten(0, (batch, tokens))
 
 
 def causal_mask(tokens: int, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ on; `forward` goes on to logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fireflyer.config import ModelConfig
-from fireflyer.model.attention import AttentionInputs, Form, causal_mask
+from fireflyer.model.attention import AttentionGroup, AttentionInputs, Form, causal_mask
 from fireflyer.model.block import Block
 from fireflyer.model.cache import LatentCache
 from fireflyer.model.experts import Experts, Gate, Routing
@@ -108,6 +108,7 @@ class Decoder(nn.Module):
         form: Form | None = None,
         num_mtp: int | None = None,
         recompute: bool = False,
+        groups: Sequence[AttentionGroup] | None = None,
     ) -> TrunkOutput:
         """Hidden states before the head.
 
@@ -119,6 +120,8 @@ class Decoder(nn.Module):
             form: default absorbed for calls of up to 8 tokens with a cache, else expanded.
             num_mtp: MTP depths to run; default all, with a cache none.
             recompute: keep only each layer's input and run the layer again in the backward.
+            groups: how the rows of a call (1, N) attend, for engines, which make them themselves: document_ids, cache,
+                form and num_mtp are then not given, and each row's position must be.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -129,9 +132,11 @@ class Decoder(nn.Module):
             positions = (torch.arange(tokens, device=embeds_BTD.device) + start).expand(embeds_BTD.shape[0], tokens)
         if form is None:
             form = "absorbed" if cache is not None and tokens <= ABSORBED_UP_TO else "expanded"
-        frequencies = rope_frequencies(self.config, embeds_BTD.device)
-        cos_sin = rope_cos_sin(frequencies, positions, rope_amplitude(self.config.rope_scaling))
-        inputs = _attention_inputs(cos_sin, positions, document_ids, cache, form)
+        cos_sin = self._cos_sin(positions)
+        if groups is None:
+            inputs = _attention_inputs(cos_sin, positions, document_ids, cache, form)
+        else:
+            inputs, num_mtp = AttentionInputs(*cos_sin, tuple(groups)), 0
 
         routing: list[Routing] = []
         hidden_BTD = embeds_BTD
@@ -157,6 +162,30 @@ class Decoder(nn.Module):
             previous = _run(module, recompute, routing, previous[:, :rows], embeds_BTD[:, depth:], shifted)
             mtp_hidden.append(previous)
         return TrunkOutput(hidden_BTD, mtp_hidden, routing)
+
+    def mtp_step(
+        self,
+        depth: int,
+        hidden_BTD: Tensor,
+        next_ids_BT: Tensor,
+        positions_BT: Tensor,
+        groups: Sequence[AttentionGroup],
+    ) -> Tensor:
+        """One MTP depth over the rows of an engine's call: hidden states after its norm, (1, N, D).
+
+        Args:
+            depth: from 0.
+            hidden_BTD: (1, N, D), the depth before's hidden states of tokens i; the main model's for depth 0.
+            next_ids_BT: (1, N), the tokens i + depth + 1.
+            positions_BT: (1, N), the positions i.
+            groups: as `trunk` takes them.
+        """
+        inputs = AttentionInputs(*self._cos_sin(positions_BT), tuple(groups))
+        return self.model.mtp[depth](hidden_BTD, self.model.embed_tokens(next_ids_BT), inputs)[0]
+
+    def _cos_sin(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        frequencies = rope_frequencies(self.config, positions_BT.device)
+        return rope_cos_sin(frequencies, positions_BT, rope_amplitude(self.config.rope_scaling))
 
     def gates(self) -> list[tuple[int, Gate]]:
         """(layer index, gate) of every MoE layer, in the order of `TrunkOutput.routing`."""
@@ -198,7 +227,7 @@ def _attention_inputs(
     elif document_ids_BT is not None:
         same_BTS = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
         mask_BTS = same_BTS & causal_mask(positions_BT.shape[1], positions_BT.device)
-    return AttentionInputs(*cos_sin, positions_BT, mask_BTS, cache, num_slots, form)
+    return AttentionInputs(*cos_sin, (AttentionGroup(positions_BT, mask_BTS, cache, num_slots, form),))
 
 
 def compile_trunk(model: Decoder) -> Callable[..., TrunkOutput]:
