@@ -23,8 +23,10 @@ def test_decoding_rows_a_first_and_a_later_chunk_in_one_call(kind, chunk_form, t
     """Two sequences that decode at unequal lengths, one prompt that begins, one that goes on."""
     model = tiny(kind)
     sequences = [ids(1, n, seed=n)[0] for n in (12, 30, 17, 41)]
-    caches = ContiguousCache(model.config, 2, 48), ContiguousCache(model.config, 1, 48), ContiguousCache(
-        model.config, 1, 48
+    caches = (
+        ContiguousCache(model.config, 2, 48),
+        ContiguousCache(model.config, 1, 48),
+        ContiguousCache(model.config, 1, 48),
     )
     with torch.no_grad():
         whole = [model(sequence[None]).logits[0] for sequence in sequences]
