@@ -3,7 +3,7 @@
 import pytest
 
 from fireflyer.config import ModelConfig, load_config
-from fireflyer.cost.memory import bf16_checkpoint_bytes, fp8_checkpoint_bytes
+from fireflyer.cost.memory import bf16_checkpoint_bytes, decode_step_bytes, fp8_checkpoint_bytes
 from fireflyer.cost.parameters import cache_bytes_per_token, count_parameters
 
 # Elements of the released checkpoints' tensor listings, and figures of the reports and model cards.
@@ -153,3 +153,14 @@ def test_active_parameters_are_the_total_without_the_idle_ones(variant: dict):
     mtp_moe = config.num_nextn_predict_layers if config.n_routed_experts else 0
     heads = config.num_nextn_predict_layers * counts.embedding
     assert counts.mtp_active == counts.mtp + heads - mtp_moe * idle
+
+
+def test_a_decode_step_reads_the_active_weights_and_the_cache() -> None:
+    config = load_config("deepseek-v2-lite")
+    counts = count_parameters(config)
+    assert decode_step_bytes(config, [0], bytes_per_weight=1) == counts.active
+    cached = decode_step_bytes(config, [100, 28]) - decode_step_bytes(config, [0, 0])
+    assert cached == 128 * cache_bytes_per_token(config, 2)
+    # A batch that uses every expert reads every weight but the embedding's.
+    everything = decode_step_bytes(config, [0] * 64, experts_per_layer=config.n_routed_experts, bytes_per_weight=1)
+    assert everything == counts.total - counts.embedding

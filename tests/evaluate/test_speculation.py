@@ -1,9 +1,11 @@
 """Acceptance of MTP drafts against a token-by-token draft, and the measured matrix product rate."""
 
+import time
+
 import torch
 
 from fireflyer.config import ModelConfig
-from fireflyer.evaluate.machine import measure_matmul_flops_per_s
+from fireflyer.evaluate.machine import measure_matmul_flops_per_s, measure_read_bytes_per_s
 from fireflyer.evaluate.speculation import mtp_acceptance
 from fireflyer.model.decoder import Decoder, init_weights_
 
@@ -69,3 +71,12 @@ def test_no_acceptance_without_drafts():
 def test_the_matrix_product_rate_is_of_this_machine():
     rate = measure_matmul_flops_per_s(size=256, seconds=0.02)
     assert 1e8 < rate < 1e14
+
+
+def test_the_reading_rate_is_of_this_machine():
+    buffer = torch.ones(2**24)
+    begun = time.perf_counter()
+    for _ in range(4):
+        buffer.clone()  # reads each byte, and writes it too: slower than reading alone, but by less than ten
+    copied = 4 * buffer.nbytes / (time.perf_counter() - begun)
+    assert copied / 4 < measure_read_bytes_per_s(gib=1 / 16, seconds=0.05) < copied * 40

@@ -1,4 +1,4 @@
-"""What weights weigh on disk: arithmetic, no torch.
+"""What weights weigh on disk, and what a decode step has to read of them: arithmetic, no torch.
 
 In: a ModelConfig. Out: bytes of the published tensors (without the files' headers). V3's FP8 checkpoint has
 688,574,839,360. README_WEIGHTS.md of the V3 release describes the format.
@@ -6,8 +6,10 @@ In: a ModelConfig. Out: bytes of the published tensors (without the files' heade
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fireflyer.config import ModelConfig
-from fireflyer.cost.parameters import count_parameters
+from fireflyer.cost.parameters import cache_bytes_per_token, count_parameters
 
 _BLOCK = 128
 
@@ -24,6 +26,30 @@ def fp8_checkpoint_bytes(config: ModelConfig) -> int:
     """
     saved = sum(count * _saved_bytes(rows, columns) for count, rows, columns in _fp8_matrices(config))
     return bf16_checkpoint_bytes(config) - saved
+
+
+def decode_step_bytes(
+    config: ModelConfig,
+    context_lengths: Sequence[int],
+    *,
+    experts_per_layer: float | None = None,
+    bytes_per_weight: float = 2,
+    bytes_per_cached: float = 2,
+) -> float:
+    """Bytes that one decode step of the main model must read at least: what bounds its speed beside the memory's.
+
+    Args:
+        context_lengths: tokens in each sequence's cache; one entry a sequence of the batch.
+        experts_per_layer: distinct routed experts that a layer uses for the whole batch, its mean as measured;
+            None: num_experts_per_tok, which is exact for one sequence.
+        bytes_per_weight, bytes_per_cached: of one number as stored.
+    """
+    counts = count_parameters(config)
+    used = config.num_experts_per_tok if experts_per_layer is None else experts_per_layer
+    moe_layers = sum(config.is_moe(index) for index in range(config.num_hidden_layers))
+    weights = counts.active + moe_layers * (used - config.num_experts_per_tok) * counts.routed_expert
+    cached = sum(context_lengths) * cache_bytes_per_token(config, 1)
+    return weights * bytes_per_weight + cached * bytes_per_cached
 
 
 def _num_gate_biases(config: ModelConfig) -> int:

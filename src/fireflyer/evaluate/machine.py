@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 
 def measure_matmul_flops_per_s(
@@ -22,7 +24,30 @@ def measure_matmul_flops_per_s(
     return 2 * size**3 / statistics.median(times)
 
 
-def _timed(left: torch.Tensor, right: torch.Tensor) -> float:
+def measure_read_bytes_per_s(gib: float = 1.0, seconds: float = 0.5) -> float:
+    """Bytes per second at which all threads read memory that no cache holds: the median over repeats for `seconds`.
+
+    The faster of two products that read every number once and write next to nothing. Decoding one sequence reads each
+    active weight once a token, so this over their bytes is the most tokens per second that weights of that size allow.
+    """
+    numbers = torch.ones(int(gib * 2**28))
+    rows = numbers[: numbers.numel() // 4096 * 4096].view(-1, 4096)
+    vector = numbers[:4096].clone()
+    products: tuple[Callable[[], Tensor], ...] = (lambda: torch.dot(numbers, numbers), lambda: torch.mv(rows, vector))
+    return numbers.nbytes / min(_median_s(product, seconds / 2) for product in products)
+
+
+def _median_s(product: Callable[[], Tensor], seconds: float) -> float:
+    times: list[float] = []
+    product()
+    while sum(times) < seconds or len(times) < 3:
+        begun = time.perf_counter()
+        product()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def _timed(left: Tensor, right: Tensor) -> float:
     begun = time.perf_counter()
     torch.matmul(left, right)
     if left.is_cuda:
