@@ -50,7 +50,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 def scripted(monkeypatch, tiny_checkpoint) -> Callable[[list[bytes]], None]:
     """scripted([b"...", ...]): the next tokens drawn are these bytes, one token a byte, each answer closed by its end
     token; then whatever the model says."""
-    from fireflyer.infer.sampler import Sampler
+    from fireflyer.infer.sampler import SampledToken, Sampler
     from fireflyer.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_file(tiny_checkpoint)
@@ -58,7 +58,7 @@ def scripted(monkeypatch, tiny_checkpoint) -> Callable[[list[bytes]], None]:
 
     def script(answers: list[bytes]) -> None:
         tokens = [t for answer in answers for t in [*(by_byte[bytes([b])] for b in answer), tokenizer.eos_id]]
-        monkeypatch.setattr(Sampler, "__call__", lambda self, logits, uniforms: [tokens.pop(0)])
+        monkeypatch.setattr(Sampler, "__call__", lambda self, rows, logits: [SampledToken(tokens.pop(0))])
 
     return script
 

@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 from fireflyer.infer.output_text import OutputText, find_stop, held_length
 
 
-def read_by_character(text, stop):
-    """The definition: append characters; the moment the text ends with a stop string, the longest such ends it."""
+def read_by_character(text, stop, early=0):
+    """The definition: append characters; the moment the text ends with a stop string, the longest such ends it, unless
+    it is `early` characters long at most."""
     shown = ""
     for character in text:
         shown += character
-        ending = [string for string in stop if shown.endswith(string)]
+        ending = [string for string in stop if shown.endswith(string) and len(shown) > early]
         if ending:
             longest = max(ending, key=len)
             return shown[: -len(longest)], longest
@@ -57,6 +58,26 @@ def test_any_cutting_gives_what_reading_by_character_gives(pieces, rest, stop):
     released += output.take()
     assert (released, output.stopped_by) == (expected, stopped_by)
     assert output.text == expected
+
+
+@given(
+    pieces=st.lists(short, max_size=8),
+    stop=st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3, unique=True),
+    min_tokens=st.integers(0, 9),
+    include_stop=st.booleans(),
+)
+def test_stop_strings_before_min_tokens_are_text_and_may_stay(pieces, stop, min_tokens, include_stop):
+    output = OutputText(Pieces(pieces), stop, include_stop=include_stop, min_tokens=min_tokens)
+    early = len("".join(pieces[:min_tokens]))
+    expected, stopped_by = read_by_character("".join(pieces), stop, early)
+    if include_stop and stopped_by is not None:
+        expected += stopped_by
+    for token in range(len(pieces)):
+        if output.push(token):
+            assert token >= min_tokens
+            break
+    output.finish()
+    assert (output.take(), output.stopped_by) == (expected, stopped_by)
 
 
 @pytest.mark.parametrize(

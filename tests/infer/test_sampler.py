@@ -1,14 +1,15 @@
 """The sampler against loops that follow each definition word by word, and against the expected counts (chi-square)."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from fireflyer.errors import UserError
 from fireflyer.infer import sampler
-from fireflyer.infer.sampler import Sampler, draw, filter_min_p, filter_top_k, filter_top_p
+from fireflyer.infer.sampler import Sampler, draw, filter_min_p, filter_top_k, filter_top_p, filtered
 from fireflyer.infer.sampling_params import SamplingParams
+from fireflyer.infer.sampling_state import SampleRow, SamplingState
 
 
 def softmax(logits):
@@ -43,6 +44,17 @@ def naive_min_p(logits, p):
 
 def kept(filtered_V):
     return set(torch.isfinite(filtered_V).nonzero()[:, 0].tolist())
+
+
+def state_of(prompt=(), answer=(), end=(), **params):
+    state = SamplingState(SamplingParams(**params), prompt_token_ids=prompt, end_token_ids=frozenset(end))
+    for token in answer:
+        state.commit(token)
+    return state
+
+
+def sample(rows, logits_RV):
+    return [token.token_id for token in Sampler(logits_RV.shape[-1])(rows, logits_RV)]
 
 
 def random_logits(rows, vocab_size, seed):
@@ -90,11 +102,11 @@ def test_filters_follow_each_other():
     """Temperature, min-p, top-k, top-p: the nucleus is that of what top-k has left."""
     logits = [3.0, 2.9, 2.8, 2.7, 0.0, -1.0]
     params = SamplingParams(temperature=2.0, min_p=0.3, top_k=3, top_p=0.6)
-    filtered = Sampler([params]).filtered(torch.tensor([logits]))[0]
+    filtered_V = filtered(torch.tensor([logits]), [params])[0]
     scaled = [logit / 2.0 for logit in logits]
     left = sorted(naive_min_p(scaled, 0.3) & naive_top_k(scaled, 3))
     nucleus = {left[index] for index in naive_top_p([scaled[token] for token in left], 0.6)}
-    assert kept(filtered) == nucleus
+    assert kept(filtered_V) == nucleus
     assert len(nucleus) == 2
 
 
@@ -123,8 +135,8 @@ def test_draws_have_the_filtered_distribution(params):
     expected = dict(zip(nucleus, softmax([scaled[token] for token in nucleus]), strict=True))
 
     num_draws = 20_000
-    uniforms = torch.rand(num_draws, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).tolist()
-    tokens = Sampler([params] * num_draws)(torch.tensor(logits).expand(num_draws, -1), uniforms)
+    rows = [SampleRow(SamplingState(dataclasses.replace(params, seed=seed))) for seed in range(num_draws)]
+    tokens = sample(rows, torch.tensor(logits).expand(num_draws, -1))
     counts = {token: tokens.count(token) for token in set(tokens)}
     assert set(counts) <= set(nucleus)
     chi_square = sum((counts.get(t, 0) - num_draws * p) ** 2 / (num_draws * p) for t, p in expected.items())
@@ -148,36 +160,185 @@ def test_draw_reaches_every_rare_token_of_a_large_vocabulary():
     assert min(tokens) > rest - 200
 
 
-@pytest.mark.parametrize(("temperature", "token"), [(1e-37, 0), (1e-320, 0), (1e37, 2), (1e300, 2)])
-def test_extreme_temperatures(temperature, token):
+@pytest.mark.parametrize(
+    ("temperature", "scale", "token"),
+    [(1e-37, 1, 0), (1e-320, 1, 0), (1e-4, 1, 0), (1e-4, 1e34, 0), (1e-320, 1e34, 0), (1e37, 1, 2), (1e300, 1, 2)],
+)
+def test_extreme_temperatures(temperature, scale, token):
     """Down to where fp32 holds no such number: the coldest takes the maximum, the hottest takes all alike."""
-    logits_BV = torch.tensor([[1e4, 1e4 - 1e-2, -1e4, -math.inf]])
-    params = SamplingParams(temperature=temperature, top_k=3)
-    assert Sampler([params])(logits_BV, [0.9]) == [token]
+    logits_1V = torch.tensor([[1e4, 1e4 - 1, -1e4, -math.inf]]) * scale
+    state = state_of(temperature=temperature, top_k=3, seed=7)
+    while state.uniform(state.num_tokens) < 0.9:
+        state.commit(0)
+    assert sample([SampleRow(state)], logits_1V) == [token]
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
-    """Greedy and sampled rows, each filter on in some rows only: as each row alone."""
+@pytest.mark.parametrize("top_k", [301, 10**6, 2**70])
+def test_top_k_beyond_the_vocabulary_keeps_all(top_k):
+    logits_1V = random_logits(1, 300, seed=6)
+    for seed in range(20):
+        rows = [SampleRow(state_of(seed=seed, top_k=k)) for k in (0, top_k)]
+        assert len(set(sample(rows, logits_1V.expand(2, -1)))) == 1
+
+
+MIXED = [
+    {"temperature": 0},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"top_k": 4},
+    {"temperature": 0, "presence_penalty": 1.5, "frequency_penalty": 0.5},
+    {"temperature": 2.0, "min_p": 0.05, "repetition_penalty": 1.3},
+    {"logit_bias": {5: 2.0, 6: -2.0}},
+    {},
+    {"temperature": 0, "min_tokens": 9, "stop_token_ids": [3]},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_its_neighbours(dtype):
+    """Greedy and sampled rows, each filter and penalty on in some rows: as each row alone, log-probabilities too."""
+    generator = torch.Generator().manual_seed(5)
     rows = [
-        SamplingParams(temperature=0),
-        SamplingParams(temperature=0.7, top_p=0.9),
-        SamplingParams(top_k=4),
-        SamplingParams(temperature=0),
-        SamplingParams(temperature=2.0, min_p=0.05),
-        SamplingParams(),
+        SampleRow(
+            state_of(prompt=range(40), answer=[1, 2, 2, 5], seed=index, logprobs=2, **params),
+            tuple(torch.randint(3000, (index % 3,), generator=generator).tolist()),
+        )
+        for index, params in enumerate(MIXED * 3)
     ]
-    logits_BV = random_logits(len(rows), 3000, seed=5)
-    uniforms = [0.1, 0.93, 0.5, 0.77]
-    together = Sampler(rows)(logits_BV.clone(), uniforms)
-    left = list(uniforms)
-    for row, params in enumerate(rows):
-        own = [] if params.greedy else [left.pop(0)]
-        assert Sampler([params])(logits_BV[row : row + 1].clone(), own) == [together[row]]
-    assert together[0] == int(logits_BV[0].argmax())
+    logits_RV = random_logits(len(rows), 3000, seed=5).to(dtype)
+    before = logits_RV.clone()
+    together = Sampler(2900)(rows, logits_RV)
+    assert torch.equal(logits_RV, before)
+    for index, row in enumerate(rows):
+        assert Sampler(2900)([row], logits_RV[index : index + 1]) == [together[index]]
+    assert together[0].token_id == int(logits_RV[0, :2900].argmax())
 
 
-def test_logits_that_are_not_finite_are_told():
-    logits_BV = torch.zeros(2, 5)
-    logits_BV[1, 2] = math.nan
-    with pytest.raises(UserError, match="not finite"):
-        Sampler([SamplingParams(temperature=0)] * 2)(logits_BV, [])
+def naive_shaped(logits, prompt, answer, params):
+    """The definitions, token by token, in Python's floats."""
+    out = list(logits)
+    for token, bias in (params.logit_bias or {}).items():
+        out[token] += bias
+    for token in set(prompt) | set(answer):
+        r = params.repetition_penalty
+        out[token] = out[token] / r if out[token] > 0 else out[token] * r
+    for token in set(answer):
+        out[token] -= params.frequency_penalty * answer.count(token) + params.presence_penalty
+    return out
+
+
+@pytest.mark.parametrize("split", [0, 1, 4, 9])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"presence_penalty": 1.9},
+        {"frequency_penalty": 1.3},
+        {"frequency_penalty": -0.7, "presence_penalty": -0.4},
+        {"repetition_penalty": 1.8},
+        {"repetition_penalty": 0.6, "frequency_penalty": 0.8, "presence_penalty": 0.2},
+        {"logit_bias": {3: 4.5, 7: -100.0, 11: 0.5}, "repetition_penalty": 1.5},
+    ],
+)
+def test_penalties_match_their_definitions(params, split):
+    """Whichever part of the history is accepted and whichever is only supposed: the same, and repeats count."""
+    prompt, answer = [1, 4, 4, 9, 30], [3, 7, 3, 3, 11, 1, 12, 7, 12]
+    state = state_of(prompt, answer[:split], temperature=0, **params)
+    row = SampleRow(state, tuple(answer[split:]))
+    sampler_32 = Sampler(32)
+    for seed in range(30):
+        logits_1M = random_logits(1, 40, seed)  # padded: prompts may hold ids that are never sampled
+        expected = naive_shaped(logits_1M[0].tolist(), [*prompt, 39], answer, state.params)[:32]
+        assert sampler_32([row], logits_1M)[0].token_id == expected.index(max(expected))
+
+
+def test_drafts_leave_no_trace():
+    state = state_of([5], [1, 2], temperature=0, frequency_penalty=2.0, repetition_penalty=1.4)
+    logits_1V = random_logits(1, 50, seed=8)
+    before = sample([SampleRow(state)], logits_1V)
+    sample([SampleRow(state, tuple(range(k, 50))) for k in range(40)], logits_1V.expand(40, -1))
+    assert sample([SampleRow(state)], logits_1V) == before
+    assert state.num_tokens == 2
+
+
+def test_min_tokens_keeps_end_and_stop_tokens_away():
+    """Up to the position that min_tokens names, the drafts before the row counted; ids past the model do no harm."""
+    logits_1V = torch.zeros(1, 8)
+    logits_1V[0, 1], logits_1V[0, 6], logits_1V[0, 4] = 9.0, 8.0, 7.0
+    state = state_of(answer=[2, 2], end=[1, 1000], temperature=0, min_tokens=4, stop_token_ids=[6])
+    rows = [SampleRow(state, (2,) * extra) for extra in range(4)]
+    assert sample(rows, logits_1V.expand(4, -1)) == [4, 4, 1, 1]
+
+
+def test_padding_is_never_sampled():
+    """Ids past the tokenizer, where the padded embedding of a model may have its maximum (sgl-project/sglang#5224)."""
+    logits_1M = torch.zeros(1, 40)
+    logits_1M[0, 33], logits_1M[0, 7] = 50.0, 3.0
+    states = [state_of(temperature=0)] + [state_of(seed=seed, temperature=5.0) for seed in range(200)]
+    sampled = Sampler(32)([SampleRow(state) for state in states], logits_1M.expand(len(states), -1))
+    assert sampled[0].token_id == 7
+    assert max(token.token_id for token in sampled) == 31
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("params", [{"temperature": 0}, {"seed": 3, "top_p": 0.5}, {"seed": 3, "logprobs": 3}])
+def test_logits_that_are_not_finite_end_their_own_row(value, params):
+    logits_RV = random_logits(3, 50, seed=9)
+    rows = [SampleRow(state_of(**params)) for _ in range(3)]
+    whole = Sampler(50)(rows, logits_RV)
+    logits_RV[1, 2] = value
+    sampled = Sampler(50)(rows, logits_RV)
+    assert sampled[1].token_id == -1
+    assert "not finite" in (sampled[1].error or "")
+    assert sampled[::2] == whole[::2]
+
+
+def test_uniforms_belong_to_seed_choice_and_position():
+    """Equal whenever asked, different otherwise; evenly spread (chi-square over 64 cells)."""
+    stream = [state_of(seed=11).uniform(position) for position in range(6400)]
+    assert [state_of(seed=11).uniform(position) for position in (5, 3, 5)] == [stream[5], stream[3], stream[5]]
+    assert all(0 <= value < 1 for value in stream)
+    others = [SamplingState(SamplingParams(seed=11), choice=1), state_of(seed=12), state_of(seed=-11), state_of()]
+    assert not {other.uniform(position) for other in others for position in range(6400)} & set(stream)
+    cells = [0] * 64
+    for value in stream:
+        cells[int(value * 64)] += 1
+    assert sum((count - 100) ** 2 / 100 for count in cells) < chi_square_limit(63)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0},
+        {"temperature": 0.9, "seed": 2},
+        {"seed": 3, "top_p": 0.8, "presence_penalty": 1.0, "frequency_penalty": 0.7, "repetition_penalty": 1.2},
+        {"temperature": 0, "frequency_penalty": 1.5, "min_tokens": 12, "logit_bias": {1: 4.0}},
+    ],
+)
+def test_speculation_gives_the_same_tokens(params):
+    """Any drafts, right or wrong, verified in one call a step: the tokens of one call a token."""
+    table = torch.randn(7, 24, generator=torch.Generator().manual_seed(1))
+
+    def logits_after(history):
+        return table[sum(history[-2:]) % 7] * 2
+
+    history = [1]
+    state = state_of(history, end=[1], **params)
+    while len(history) < 60:
+        (token,) = sample([SampleRow(state)], logits_after(history)[None])
+        state.commit(token)
+        history.append(token)
+
+    generator = torch.Generator().manual_seed(2)
+    verified = [1]
+    state = state_of([1], end=[1], **params)
+    while len(verified) < 60:
+        drafts = torch.randint(24, (3,), generator=generator).tolist()
+        right = int(torch.randint(4, (1,), generator=generator))
+        drafts[:right] = history[len(verified) : len(verified) + right]
+        rows = [SampleRow(state, tuple(drafts[:count])) for count in range(len(drafts) + 1)]
+        tokens = sample(rows, torch.stack([logits_after(verified + drafts[:j]) for j in range(len(drafts) + 1)]))
+        for index, token in enumerate(tokens):
+            state.commit(token)
+            verified.append(token)
+            if index < len(drafts) and drafts[index] != token:
+                break
+    assert verified[:60] == history

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
+from fireflyer.errors import UserError
 from fireflyer.infer.model_runner import PREFILL_TOKENS, ModelRunner
 from fireflyer.infer.request import Request
 from fireflyer.infer.sampler import Sampler
+from fireflyer.infer.sampling_state import SampleRow
 from fireflyer.model.decoder import Decoder
 
 _FIRST_SLOTS = 512
@@ -21,11 +23,11 @@ _FIRST_SLOTS = 512
 class Engine:
     """Runs `requests` to their ends, at most `max_num_seqs` at once, in the order given."""
 
-    def __init__(self, model: Decoder, requests: Iterable[Request], max_num_seqs: int) -> None:
+    def __init__(self, model: Decoder, requests: Iterable[Request], max_num_seqs: int, sampler: Sampler) -> None:
         self._waiting = deque(requests)
         self._running: list[Request] = []
         self._max_num_seqs = min(max_num_seqs, len(self._waiting))
-        self._sampler: Sampler | None = None
+        self._sampler = sampler
         longest = max(
             (len(r.prompt_token_ids) + min(r.max_new_tokens, _FIRST_SLOTS) for r in self._waiting),
             default=1,
@@ -41,20 +43,17 @@ class Engine:
         group = self._admit()
         if group:
             logits_BV = self._runner.prefill(len(self._running), [request.prompt_token_ids for request in group])
-            sampler = Sampler([request.params for request in group], self._runner.device)
             self._running.extend(group)
-            self._sampler = None
         else:
             group = list(self._running)
             logits_BV = self._runner.decode(
                 [request.token_ids[-1] for request in group], [request.num_tokens - 1 for request in group]
             )
-            if self._sampler is None:
-                self._sampler = Sampler([request.params for request in group], self._runner.device)
-            sampler = self._sampler
-        uniforms = [request.uniform() for request in group if not request.params.greedy]
-        for request, token_id in zip(group, sampler(logits_BV, uniforms), strict=True):
-            request.accept(token_id)
+        sampled = self._sampler([SampleRow(request.sampling) for request in group], logits_BV)
+        for request, token in zip(group, sampled, strict=True):
+            if token.error is not None:
+                raise UserError(token.error)
+            request.accept(token.token_id)
         self._drop_finished()
         return group
 
@@ -79,4 +78,3 @@ class Engine:
                     self._runner.move_row(last, row)
                     self._running[row] = self._running[last]
                 self._running.pop()
-                self._sampler = None

@@ -20,6 +20,7 @@ from fireflyer.errors import UserError
 from fireflyer.infer.engine import Engine
 from fireflyer.infer.output_text import OutputText
 from fireflyer.infer.request import Request, RequestOutput, StreamPart
+from fireflyer.infer.sampler import Sampler
 from fireflyer.infer.sampling_params import SamplingParams
 from fireflyer.model.decoder import Decoder
 from fireflyer.text.stream import StreamDecoder
@@ -97,6 +98,8 @@ class LLM:
         self._end_token_ids = _as_set(model.config.eos_token_id)
         if tokenizer is not None:
             self._end_token_ids |= {tokenizer.eos_id}
+        # Embeddings are often padded beyond the tokenizer; what stands there is never a token of an answer.
+        self._sampler = Sampler(model.config.vocab_size if tokenizer is None else tokenizer.vocab_size, tokenizer)
 
     def generate(
         self,
@@ -125,7 +128,7 @@ class LLM:
                 requests.append(self._request(prompt, params))
             except UserError as error:
                 raise UserError(f"prompts[{index}]: {error}") from None
-        engine = Engine(self.model, requests, self._max_num_seqs)
+        engine = Engine(self.model, requests, self._max_num_seqs, self._sampler)
         while engine.unfinished:
             engine.step()
         return [request.output() for request in requests]
@@ -143,7 +146,7 @@ class LLM:
     def stream_sync(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamPart]:
         """One answer in parts as it grows. Raises UserError at the call, not at the first part."""
         request = self._request(prompt, sampling_params or SamplingParams())
-        return self._parts(Engine(self.model, [request], 1), request)
+        return self._parts(Engine(self.model, [request], 1, self._sampler), request)
 
     def _parts(self, engine: Engine, request: Request) -> Iterator[StreamPart]:
         while engine.unfinished:
@@ -158,7 +161,7 @@ class LLM:
         Leaving the loop or cancelling the task ends the generation within one step.
         """
         request = self._request(prompt, sampling_params or SamplingParams())
-        return self._parts_async(Engine(self.model, [request], 1), request)
+        return self._parts_async(Engine(self.model, [request], 1, self._sampler), request)
 
     async def _parts_async(self, engine: Engine, request: Request) -> AsyncIterator[StreamPart]:
         while engine.unfinished:
@@ -186,17 +189,30 @@ class LLM:
         """A checked request. Raises UserError."""
         if not isinstance(params, SamplingParams):
             raise UserError(f"sampling parameters must be SamplingParams, not {type(params).__name__}")
+        for field, value, only in (
+            ("n", params.n, 1),
+            ("logprobs", params.logprobs, None),
+            ("prompt_logprobs", params.prompt_logprobs, None),
+        ):
+            if value != only:
+                raise UserError(f"{field} is {value}; this engine serves only {field}={only}")
         text = prompt if isinstance(prompt, str) else None
         token_ids = self.encode_prompt(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         self._check_prompt(token_ids)
         vocab_size = self.config.vocab_size
-        beyond = [token for token in params.stop_token_ids or () if token >= vocab_size]
-        if beyond:
-            raise UserError(f"stop_token_ids has {beyond[0]}; the model's vocabulary ends at {vocab_size - 1}")
+        for field, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+            beyond = [token for token in tokens or () if token >= vocab_size]
+            if beyond:
+                raise UserError(f"{field} has {beyond[0]}; the model's vocabulary ends at {vocab_size - 1}")
         output_text = None
         if params.stop or self.tokenizer is not None:
             tokenizer = self._tokenizer_for("a stop string", "use stop_token_ids")
-            output_text = OutputText(StreamDecoder(tokenizer), params.stop or ())
+            output_text = OutputText(
+                StreamDecoder(tokenizer),
+                params.stop or (),
+                include_stop=params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
+            )
         room = self.max_length - len(token_ids)
         return Request(
             text,

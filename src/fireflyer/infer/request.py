@@ -3,12 +3,12 @@ which callers receive it, under vLLM's names."""
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from typing import Literal
 
 from fireflyer.infer.output_text import OutputText
 from fireflyer.infer.sampling_params import SamplingParams
+from fireflyer.infer.sampling_state import SamplingState
 
 FinishReason = Literal["stop", "length"]
 
@@ -77,9 +77,7 @@ class Request:
         self._stop_token_ids = frozenset(params.stop_token_ids or ())
         self._output_text = output_text
         self._taken = 0
-        # Python's own generator: one float a token without a tensor, equal on every device, owned by the request.
-        # Seeds may be negative, as torch's may, but `Random` would take -1 for 1.
-        self._random = random.Random(None if params.seed is None else params.seed % 2**64)
+        self.sampling = SamplingState(params, prompt_token_ids=prompt_token_ids, end_token_ids=self._end_token_ids)
 
     @property
     def finished(self) -> bool:
@@ -90,13 +88,10 @@ class Request:
         """Prompt and answer so far."""
         return len(self.prompt_token_ids) + len(self.token_ids)
 
-    def uniform(self) -> float:
-        """The next number in [0, 1) of this request's own stream."""
-        return self._random.random()
-
     def accept(self, token_id: int) -> None:
         """Append a token and see whether the request ends with it."""
         self.token_ids.append(token_id)
+        self.sampling.commit(token_id)
         if token_id in self._end_token_ids:
             self._finish("stop", None)
         elif token_id in self._stop_token_ids:

@@ -4,27 +4,39 @@ checked `SamplingParams`. Every field here is honoured; there is none that is me
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 from fireflyer.errors import UserError
 
+# OpenAI's limits for what is added to a logit. They also bound logits, so that none of them overflows.
+_PENALTY_LIMIT = 2.0
+_BIAS_LIMIT = 100.0
+
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens and when to stop. Raises UserError naming the field, the value and its range.
 
+    n: answers to write for the prompt, each with draws of its own.
     max_tokens: tokens to write at most; None: as many as the context holds (vLLM stops at 16 when nothing is said).
+    min_tokens: end tokens, stop_token_ids and stop strings count only after this many tokens.
     temperature: divides the logits before every filter; 0 takes the most probable token, whatever the filters say.
     top_p: keep the fewest most probable tokens whose probabilities reach this sum; 1 is off.
     top_k: keep this many most probable tokens; 0 or -1 is off.
     min_p: drop tokens less probable than this share of the most probable one; 0 is off.
+    presence_penalty, frequency_penalty: taken off the logits of tokens written so far, once and once per occurrence.
+    repetition_penalty: positive logits of tokens in prompt or answer are divided by it, negative multiplied; 1 is off.
+    logit_bias: added to the logits of these token ids.
     seed: the same seed gives the same draws, whatever else is generated beside it; None draws afresh.
     stop: strings that end the text; they are removed from it.
+    include_stop_str_in_output: leave the stop string at the end of the text.
     stop_token_ids: tokens that end the text; they stay in token_ids and leave no text.
     ignore_eos: go on past the end-of-sentence token.
+    logprobs: for each token, its log-probability and those of this many most probable ones; 0: its own, -1: all.
+    prompt_logprobs: the same for the tokens of the prompt.
     """
 
     max_tokens: int | None = 256
@@ -36,10 +48,39 @@ class SamplingParams:
     stop: Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
+    n: int = 1
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_lengths()
+        self._check_choice()
+        self._check_penalties()
+        self._set("stop", _strings(self.stop))
+        self._set("stop_token_ids", _token_ids(self.stop_token_ids))
+        for field in ("ignore_eos", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, field), bool):
+                raise _refusal(field, getattr(self, field), "True or False")
+        for field in ("logprobs", "prompt_logprobs"):
+            if getattr(self, field) is not None:
+                wanted = "0 or more, -1 for the whole vocabulary, or None"
+                self._set(field, _integer(field, getattr(self, field), wanted, low=-1))
+
+    def _check_lengths(self) -> None:
+        self._set("n", _integer("n", self.n, "at least 1", low=1))
         if self.max_tokens is not None:
             self._set("max_tokens", _integer("max_tokens", self.max_tokens, "at least 1, or None", low=1))
+        self._set("min_tokens", _integer("min_tokens", self.min_tokens, "0 or more", low=0))
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise _refusal("min_tokens", self.min_tokens, f"at most max_tokens, {self.max_tokens}")
+
+    def _check_choice(self) -> None:
         self._set("temperature", _number("temperature", self.temperature, "0 (greedy) or more", low=0.0))
         self._set("top_p", _number("top_p", self.top_p, "more than 0, at most 1", low=0.0, high=1.0))
         if self.top_p == 0:
@@ -49,10 +90,15 @@ class SamplingParams:
         if self.seed is not None:
             wanted = "an integer of 64 bits, or None"
             self._set("seed", _integer("seed", self.seed, wanted, low=-(2**63), high=2**64 - 1))
-        self._set("stop", _strings(self.stop))
-        self._set("stop_token_ids", _token_ids(self.stop_token_ids))
-        if not isinstance(self.ignore_eos, bool):
-            raise _refusal("ignore_eos", self.ignore_eos, "True or False")
+
+    def _check_penalties(self) -> None:
+        for field in ("presence_penalty", "frequency_penalty"):
+            limit = _PENALTY_LIMIT
+            self._set(field, _number(field, getattr(self, field), "between -2 and 2", low=-limit, high=limit))
+        wanted = "between 0.01 and 100"
+        repetition = _number("repetition_penalty", self.repetition_penalty, wanted, low=0.01, high=100.0)
+        self._set("repetition_penalty", repetition)
+        self._set("logit_bias", _biases(self.logit_bias))
 
     def _set(self, field: str, value: Any) -> None:
         object.__setattr__(self, field, value)
@@ -61,9 +107,17 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def penalized(self) -> bool:
+        """Whether a logit depends on which tokens came before, beyond what the model makes of them."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
 
 def _refusal(field: str, value: object, wanted: str) -> UserError:
-    return UserError(f"sampling parameter {field} is {value!r}; it must be {wanted}")
+    shown = repr(value)
+    if len(shown) > 100:
+        shown = shown[:100] + "..."
+    return UserError(f"sampling parameter {field} is {shown}; it must be {wanted}")
 
 
 def _integer(field: str, value: object, wanted: str, *, low: int, high: int | None = None) -> int:
@@ -78,7 +132,10 @@ def _integer(field: str, value: object, wanted: str, *, low: int, high: int | No
 def _number(field: str, value: object, wanted: str, *, low: float, high: float = math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise _refusal(field, value, f"a number, {wanted}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond every float
+        raise _refusal(field, value, wanted) from None
     if not (math.isfinite(number) and low <= number <= high):
         raise _refusal(field, value, wanted)
     return number
@@ -100,3 +157,18 @@ def _token_ids(value: object) -> tuple[int, ...]:
     if not isinstance(value, (list, tuple)):
         raise _refusal("stop_token_ids", value, "a list of token ids")
     return tuple(_integer("stop_token_ids", token, "0 or more", low=0) for token in value)
+
+
+def _biases(value: object) -> dict[int, float]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise _refusal("logit_bias", value, "a dictionary from token ids to numbers between -100 and 100")
+    wanted = "from token ids, 0 or more, to numbers between -100 and 100"
+    biases: dict[int, float] = {}
+    for token, bias in value.items():
+        # JSON has only strings for keys, and OpenAI's clients send token ids so.
+        token = int(token) if isinstance(token, str) and token.isdecimal() and len(token) < 10 else token
+        number = _number("logit_bias", bias, wanted, low=-_BIAS_LIMIT, high=_BIAS_LIMIT)
+        biases[_integer("logit_bias", token, wanted, low=0)] = number
+    return biases
