@@ -99,15 +99,48 @@ def test_a_template_of_its_own_may_cut_past_thinking(tokenizer: Tokenizer, tmp_p
     assert own.render_chat(chat, variables={"mode": "!"}) == "b!"
 
 
-def test_what_does_not_fit_is_told(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="role 'robot' is not one of"):
-        tokenizer.encode_chat([{"role": "robot", "content": "x"}])
-    with pytest.raises(UserError, match="message 1 of the chat"):
-        tokenizer.render_chat([{"role": "user", "content": "x"}, {"content": "y"}])
-    with pytest.raises(UserError, match="can't render"):
-        tokenizer.encode_chat([{"role": "user"}])
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        ([], "no messages"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "robot", "content": "x"}],
+            "message 1 of the chat has role 'robot'",
+        ),
+        ([{"role": "user", "content": "x"}, {"content": "y"}], "message 1 of the chat must be an object"),
+        ([{"role": "user"}], "message 0 of the chat has no content"),
+        ([{"role": "tool", "content": None}], "message 0 of the chat has no content"),
+        ([{"role": "user", "content": 5}], "message 0 of the chat: content must be a text or a list"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "message 0 .* got 'image_url'"),
+        (
+            [{"role": "assistant", "tool_calls": {}}, {"role": "assistant", "tool_calls": 3}],
+            "message 1 .* must be a list",
+        ),
+        ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], "message 0 of the chat: a tool call must be"),
+    ],
+)
+def test_what_does_not_fit_is_told_with_its_place(tokenizer: Tokenizer, messages: list, told: str) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        tokenizer.encode_chat(messages)
+    assert "\n" not in str(error.value)
+
+
+def test_a_template_is_run_in_a_sandbox(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="not valid jinja2"):
         render_chat([], "{% for %}", special_tokens={}, add_generation_prompt=True)
-    for attack in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__.os }}"):
+    attacks = (
+        "''.__class__.__mro__",
+        "messages.append(1)",
+        "cycler.__init__.__globals__.os",
+        "1 / 0",
+        "range(10**9)|list",
+    )
+    for attack in attacks:
         with pytest.raises(UserError, match="can't render"):
-            render_chat([], attack, special_tokens={}, add_generation_prompt=True)
+            render_chat([], "{{" + attack + "}}", special_tokens={}, add_generation_prompt=True)
+
+
+def test_variables_are_the_templates_own(tokenizer: Tokenizer) -> None:
+    for name in ("messages", "bos_token", "add_generation_prompt"):
+        with pytest.raises(UserError, match=f"'{name}' can't be a variable"):
+            tokenizer.encode_chat(CHATS[0], variables={name: "x"})

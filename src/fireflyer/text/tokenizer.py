@@ -18,8 +18,11 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from fireflyer.errors import UserError
+from fireflyer.text.chat import chat_prompt
+from fireflyer.text.dialects import Dialect, detect_dialect
+from fireflyer.text.messages import shield
 from fireflyer.text.special_tokens import ASSISTANT, BEGIN, END, HIDDEN, PAD, RESERVED, USER
-from fireflyer.text.templates import CHAT_TEMPLATE, Message, render_chat, shield
+from fireflyer.text.templates import CHAT_TEMPLATE, Message, Tool
 
 # Training reads at most this much text; more moves few merges and costs minutes and memory.
 TRAINING_BYTES = 32 * 2**20
@@ -78,6 +81,11 @@ class Tokenizer:
             CHAT_TEMPLATE if {BEGIN, END, USER, ASSISTANT} <= self._ids.keys() else None
         )
         self._settings = dict(settings)
+
+    @property
+    def dialect(self) -> Dialect:
+        """How the chat template talks: its form of thinking and of tool calls."""
+        return detect_dialect(self.chat_template)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
@@ -176,37 +184,45 @@ class Tokenizer:
         self,
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
         variables: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> list[int]:
-        """The ids of a conversation in this tokenizer's chat template, with exactly one begin token.
+        """The ids of a conversation in this tokenizer's chat template, with exactly one begin token, the first.
 
-        Special tokens that a user, a tool or a system text spells out stay plain text.
+        Special tokens that a user, a tool or a system text spells out stay plain text. `tools` as in the OpenAI API;
+        `variables`: the template's own switches (V3.1's `thinking`). `continue_final_message`: end inside the last
+        message, the assistant's, so that the answer goes on with it (add_generation_prompt has then no say).
+        Raises UserError, which names the message.
         """
-        shielded, mark = shield(messages, list(self._ids))
-        text = self.render_chat(shielded, add_generation_prompt, tools, variables)
+        ends = [self.token_text(i) for i in {self.bos_id, self.eos_id, self.pad_id} - {None}]
+        shielded, shielded_tools, mark = shield(messages, tools or (), self._ids, ends)
+        text = self.render_chat(shielded, add_generation_prompt, shielded_tools, variables, continue_final_message)
         ids = self._encode_marked(text, mark)
-        begins = next((i for i, token_id in enumerate(ids) if token_id != self.bos_id), len(ids))
-        return [self.bos_id, *ids[begins:]]
+        if self.bos_id != self.eos_id:  # a template may write begin tokens where it likes
+            ids = [token_id for token_id in ids if token_id != self.bos_id]
+        return [self.bos_id, *ids]
 
     def render_chat(
         self,
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
         variables: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> str:
         """The conversation as text, to be shown; encode_chat is the safe way to its ids."""
         if self.chat_template is None:
             raise UserError(f"{self._source}: no chat template and no {USER} token; only plain prompts can be used")
         names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
-        return render_chat(
+        return chat_prompt(
+            self.dialect,
             messages,
-            self.chat_template,
             special_tokens={name: "" if i is None else self.token_text(i) for name, i in names.items()},
             add_generation_prompt=add_generation_prompt,
             tools=tools,
             variables=variables,
+            continue_final_message=continue_final_message,
         )
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
