@@ -7,7 +7,7 @@ other task is across zones.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fireflyer.fleet.state import FleetState, Reservation, Task
 
@@ -31,6 +31,7 @@ class Board:
     """What is free in this decision.
 
     coming: nodes that will be free and are not meant for anybody yet, with the time when their holder is stopped.
+    running: tasks that run, those started in this decision included.
     doomed: tasks that stop or will be stopped, with that time.
     crossing: the task that runs (or stops) across zones; next_crossing: the one that shall.
     """
@@ -40,6 +41,8 @@ class Board:
         self.now_s = now_s
         self.free = {zone: set(names) for zone, names in state.free.items()}
         self.coming: dict[str, float] = {}
+        self.running = dict(state.running)
+        self._started: dict[str, str] = {}
         self.doomed: dict[str, float] = {}
         self.crossing = state.crossing
         self.next_crossing: str | None = None
@@ -57,12 +60,25 @@ class Board:
             return self._pick(self._widest_first(), task)
         return None
 
-    def take(self, task_id: str, nodes: Sequence[str]) -> None:
+    def take(self, task: Task, nodes: tuple[str, ...]) -> None:
         """Hand out free nodes."""
+        self.running[task.id] = replace(task, phase="running", since_s=self.now_s, nodes=nodes, kept_nodes=())
         for name in nodes:
             self.free[self.state.zone_of[name]].remove(name)
+            self._started[name] = task.id
         if self.state.spans_zones(nodes):
-            self.crossing = task_id
+            self.crossing = task.id
+
+    def holder(self, name: str) -> str | None:
+        """The task that holds a node, from before or since this decision."""
+        return self._started.get(name) or self.state.holder.get(name)
+
+    def stops_for(self, reservation: Reservation) -> list[Task]:
+        """Who runs on a reservation's nodes, and who is across zones where it shall be."""
+        holders = dict.fromkeys(filter(None, map(self.holder, reservation.nodes)))
+        if self.state.spans_zones(reservation.nodes) and self.crossing is not None:
+            holders[self.crossing] = None
+        return [self.running[task_id] for task_id in holders if task_id in self.running]
 
     def claim(self, task: Task, eligible: Sequence[tuple[float, Task]], may_wait: bool) -> Claim | None:
         """The way to free nodes for a task that is ready first, and of these the one that stops the fewest nodes.
@@ -95,9 +111,8 @@ class Board:
 
     def hold(self, reservation: Reservation) -> None:
         """Take a reservation's nodes off the board, and doom those who hold them."""
-        for name in reservation.nodes:
-            holder = self.state.running.get(self.state.holder.get(name, ""))
-            if holder is not None and holder.id not in self.doomed:
+        for holder in self.stops_for(reservation):
+            if holder.id not in self.doomed:
                 self._doom(holder, reservation.ready_s)
         for name in reservation.nodes:
             self.free[self.state.zone_of[name]].discard(name)
@@ -109,7 +124,7 @@ class Board:
         """Is the node up, and not meant for anybody? (Who runs there may have to stop.)"""
         if name in self.free[self.state.zone_of[name]] or name in self.coming:
             return True
-        holder = self.state.holder.get(name)
+        holder = self.holder(name)
         return holder is not None and holder not in self.doomed and self.state.nodes[name].health == "up"
 
     def _claim(self, task: Task, zones: tuple[str, ...], eligible: Sequence[tuple[float, Task]]) -> Claim | None:

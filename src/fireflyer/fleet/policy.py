@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from fireflyer.errors import UserError
 from fireflyer.fleet.fair_share import Usage, decayed
@@ -180,6 +180,7 @@ class _Round:
         self.turns = turns(state, now_s, settings)
         self.heads = {turn.task.id for turn in self.turns}
         self.by_preference = sorted(state.running.values(), key=lambda t: (-self.served[t.user], t.since_s, t.id))
+        self.turns_blocked = False
 
     def keep_reservations(self, due: bool) -> None:
         """Go on with what earlier decisions began, where all its nodes are still there for it."""
@@ -197,13 +198,14 @@ class _Round:
         """Tasks that lost a node go on with the nodes they kept and one other, before anybody else."""
         for task in sorted(self.state.interrupted.values(), key=lambda task: (task.since_s, task.id)):
             if task.id not in self.settled and not self._start(task):
-                self._reserve(task, due=True)
+                self._reserve(task)
 
     def give_due_turns(self) -> None:
         num_due = max((place for place, turn in enumerate(self.turns, 1) if turn.due_s <= self.now_s), default=0)
         for turn in self.turns[:num_due]:
-            if turn.task.id not in self.settled and not self._start(turn.task):
-                self._reserve(turn.task, due=True)
+            if turn.task.id in self.settled or self._start(turn.task) or self.turns_blocked:
+                continue
+            self.turns_blocked = not self._reserve(turn.task)
 
     def share(self) -> None:
         """The least served user's next task, again and again, until nobody's fits."""
@@ -211,7 +213,7 @@ class _Round:
         heapq.heapify(users)
         while users:
             _, user = heapq.heappop(users)
-            if any(self._start(task) or self._reserve(task, due=False) for task in self._candidates(user)):
+            if any(self._start(task) or self._reserve_share(task) for task in self._candidates(user)):
                 heapq.heappush(users, (self.served[user], user))
 
     def backfill(self) -> None:
@@ -220,7 +222,7 @@ class _Round:
             name: reservation.ready_s
             for reservation in self.reservations.values()
             for name in reservation.nodes
-            if name not in self.state.holder
+            if self.board.holder(name) is None
         }
         if not ready_s:
             return
@@ -248,9 +250,8 @@ class _Round:
         for reservation in self.reservations.values():
             if reservation.ready_s > self.now_s:
                 continue
-            for name in reservation.nodes:
-                holder = self.state.running.get(self.state.holder.get(name, ""))
-                if holder is not None and holder.id not in suspends:
+            for holder in self.board.stops_for(reservation):
+                if holder.id not in suspends:
                     user = self.state.tasks[reservation.task_id].user
                     suspends[holder.id] = Suspend(f"has had its slice; {user}'s {reservation.task_id} is next")
         return Decision(self.starts, suspends, tuple(self.reservations.values()), self._wake_s())
@@ -269,16 +270,16 @@ class _Round:
         nodes = self.board.fit(task)
         if nodes is None:
             return False
-        self.board.take(task.id, nodes)
+        self.board.take(task, nodes)
         self._record(task, nodes)
         return True
 
     def _start_reserved(self, task: Task, reservation: Reservation) -> bool:
-        if any(name in self.state.holder for name in reservation.nodes):
+        if any(map(self.board.holder, reservation.nodes)):
             return False
         if self.state.spans_zones(reservation.nodes) and self.board.crossing is not None:
             return False
-        self.board.take(task.id, reservation.nodes)
+        self.board.take(task, reservation.nodes)
         self._record(task, reservation.nodes)
         return True
 
@@ -294,13 +295,19 @@ class _Round:
     def _slice_share(self, task: Task) -> float:
         return task.num_nodes * self.settings.slice_s(task.user) / self.settings.weight(task.user)
 
-    def _reserve(self, task: Task, due: bool) -> bool:
-        if not self.state.possible(task.num_nodes):
-            return False
-        eligible = self._eligible_for_turn(task) if due else self._eligible_for_share(task)
-        if not due and not eligible and not self.board.coming:
-            return False
-        claim = self.board.claim(task, eligible, may_wait=due)
+    def _reserve_share(self, task: Task) -> bool:
+        """Nodes of more served users, at once or not at all; and none while a due turn is behind another."""
+        eligible = self._eligible_for_share(task)
+        return not self.turns_blocked and bool(eligible or self.board.coming) and self._claim(task, eligible, due=False)
+
+    def _reserve(self, task: Task) -> bool:
+        """Nodes of whoever will have had a slice first: the user's own tasks before those of the most served."""
+        tasks = [*self.by_preference, *(self.board.running[task_id] for task_id in self.starts)]
+        tasks.sort(key=lambda other: other.user != task.user)
+        return self._claim(task, [(protected_until(other, self.settings), other) for other in tasks], due=True)
+
+    def _claim(self, task: Task, eligible: Sequence[tuple[float, Task]], due: bool) -> bool:
+        claim = self.board.claim(task, eligible, may_wait=due) if self.state.possible(task.num_nodes) else None
         if claim is None:
             return False
         self.reservations[task.id] = self.board.reserve(task, claim, due)
@@ -308,18 +315,11 @@ class _Round:
         return True
 
     def _hold(self, reservation: Reservation) -> None:
-        holders = {self.state.holder.get(name, "") for name in reservation.nodes}
-        running = [self.state.running[task_id] for task_id in holders if task_id in self.state.running]
-        ready_s = max([reservation.ready_s, *(protected_until(task, self.settings) for task in running)])
-        kept = Reservation(reservation.task_id, reservation.nodes, ready_s, reservation.due)
+        until_s = [protected_until(task, self.settings) for task in self.board.stops_for(reservation)]
+        kept = replace(reservation, ready_s=max([reservation.ready_s, *until_s]))
         self.reservations[kept.task_id] = kept
         self.board.hold(kept)
         self._count(self.state.tasks[kept.task_id])
-
-    def _eligible_for_turn(self, task: Task) -> list[tuple[float, Task]]:
-        """Whoever has had a slice: the user's own tasks first, then those of the most served."""
-        offers = [(protected_until(other, self.settings), other) for other in self.by_preference]
-        return [o for o in offers if o[1].user == task.user] + [o for o in offers if o[1].user != task.user]
 
     def _eligible_for_share(self, task: Task) -> list[tuple[float, Task]]:
         """Tasks of clearly more served users that have had a slice; and the user's own, for a task's first slice or
