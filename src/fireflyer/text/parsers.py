@@ -303,7 +303,6 @@ def _closing(text: str, fenced: bool) -> int:
 
 def _closing_begun(text: str, fenced: bool) -> int:
     """The same for what may grow into a closing."""
-    bare = text.rstrip()
-    if fenced and not bare.endswith(_FENCE) and text.endswith("`"):
+    if fenced and text.endswith("`"):
         return len(text.rstrip("`").rstrip())
     return _closing(text, fenced)
