@@ -1,9 +1,9 @@
 """From logits to tokens. In: rows of logits, and whose they are. Out: one token a row.
 
-The order is vLLM's: min_tokens, logit_bias, penalties; then, for rows that are drawn, temperature, min-p, top-k, top-p,
-each on what the one before has left. A row's result is a function of its logits, its request's parameters and history
-and the number drawn for its position, and of no other row: a request has the same tokens alone and in a crowd, with
-speculation and without.
+The order is vLLM's: min_tokens, logit_bias, penalties, and the grammar; then, for rows that are drawn, temperature,
+min-p, top-k, top-p, each on what the one before has left. A row's result is a function of its logits, its request's
+parameters and history and the number drawn for its position, and of no other row: a request has the same tokens alone
+and in a crowd, with speculation and without.
 
 Shapes: B or R rows, X those that need more than a maximum, S those that are drawn; V tokens that may be sampled,
 M the model's whole vocabulary, K the most probable ones. Filters are pure functions on (B, V).
@@ -11,10 +11,12 @@ M the model's whole vocabulary, K the most probable ones. Filters are pure funct
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,7 +136,8 @@ class Sampler:
         errors = {row: _NOT_FINITE for row, value in enumerate(largest) if not math.isfinite(value)}
         if special:
             logits_XM = logits_RM if len(special) == len(rows) else logits_RM[special]
-            chosen = self._choose([rows[index] for index in special], logits_XM)
+            chosen, failed = self._choose([rows[index] for index in special], logits_XM)
+            errors = {special[row]: error for row, error in failed.items()} | errors
             for index, token_id in zip(special, chosen, strict=True):
                 tokens[index] = token_id
         logprobs = self._logprobs(rows, logits_RM, tokens, errors)
@@ -147,11 +150,13 @@ class Sampler:
         """Log-probabilities of prompt tokens: row t of the logits is what the model expected at token_ids[t]."""
         return token_logprobs(logits_TM, token_ids, [num_top] * len(token_ids), self._vocab_size, self._tokenizer)
 
-    def _choose(self, rows: Sequence[SampleRow], logits_XM: Tensor) -> list[int]:
-        """Tokens of rows that take more than the largest of the model's logits."""
+    def _choose(self, rows: Sequence[SampleRow], logits_XM: Tensor) -> tuple[list[int], dict[int, str]]:
+        """(tokens, errors by row) of rows that take more than the largest of the model's logits."""
+        errors: dict[int, str] = {}
         if any(row.state.shaped for row in rows):
             logits_XM = logits_XM.to(torch.float32, copy=True)
             _shape_(logits_XM, rows)
+            errors = _forbid_(logits_XM[:, : self._vocab_size], rows)
         logits_XV = logits_XM[:, : self._vocab_size]
         token_X = logits_XV.max(-1).indices
         drawn = [index for index, row in enumerate(rows) if not row.state.params.greedy]
@@ -161,7 +166,7 @@ class Sampler:
             uniforms = [rows[index].state.uniform(rows[index].position) for index in drawn]
             uniform_S = torch.tensor(uniforms, dtype=torch.float64, device=logits_XV.device)
             token_X[drawn] = draw(filtered(logits_SV, params), uniform_S)
-        return token_X.tolist()
+        return token_X.tolist(), errors
 
     def _logprobs(
         self, rows: Sequence[SampleRow], logits_RM: Tensor, tokens: list[int], errors: dict[int, str]
@@ -201,6 +206,24 @@ def _shape_(logits_XM: Tensor, rows: Sequence[SampleRow]) -> None:
         logits_XM[index_N, token_N] += torch.tensor(biases, device=logits_XM.device)
     if penalties:
         penalize_(logits_XM, penalties)
+
+
+def _forbid_(logits_XV: Tensor, rows: Sequence[SampleRow]) -> dict[int, str]:
+    """-inf in place where a grammar allows no token; errors by row."""
+    held = [index for index, row in enumerate(rows) if row.state.grammar is not None]
+    if not held:
+        return {}
+    vocab_size = logits_XV.shape[-1]
+    words_NW = np.empty((len(held), (vocab_size + 31) // 32), dtype=np.uint32)
+    errors: list[str | None] = []
+    for grammar, group in itertools.groupby((rows[index] for index in held), key=lambda row: row.state.grammar):
+        assert grammar is not None
+        histories = [row.extra_tokens for row in group]
+        errors += grammar.fill(words_NW[len(errors) : len(errors) + len(histories)], histories)
+    bits_NV = np.unpackbits(words_NW.view(np.uint8), axis=1, count=vocab_size, bitorder="little")
+    forbidden_NV = torch.from_numpy(bits_NV).to(logits_XV.device) == 0
+    logits_XV[held] = logits_XV[held].masked_fill(forbidden_NV, -torch.inf)
+    return {index: error for index, error in zip(held, errors, strict=True) if error is not None}
 
 
 def filtered(logits_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from fireflyer.errors import UserError
+from fireflyer.infer.response_format import checked_response_format
 
 # OpenAI's limits for what is added to a logit. They also bound logits, so that none of them overflows.
 _PENALTY_LIMIT = 2.0
@@ -37,6 +38,7 @@ class SamplingParams:
     ignore_eos: go on past the end-of-sentence token.
     logprobs: for each token, its log-probability and those of this many most probable ones; 0: its own, -1: all.
     prompt_logprobs: the same for the tokens of the prompt.
+    response_format: the form the answer has to take, after its thinking if it thinks; `response_format.py` lists them.
     """
 
     max_tokens: int | None = 256
@@ -57,6 +59,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    response_format: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -71,6 +74,7 @@ class SamplingParams:
             if getattr(self, field) is not None:
                 wanted = "0 or more, -1 for the whole vocabulary, or None"
                 self._set(field, _integer(field, getattr(self, field), wanted, low=-1))
+        self._check_form()
 
     def _check_lengths(self) -> None:
         self._set("n", _integer("n", self.n, "at least 1", low=1))
@@ -99,6 +103,19 @@ class SamplingParams:
         repetition = _number("repetition_penalty", self.repetition_penalty, wanted, low=0.01, high=100.0)
         self._set("repetition_penalty", repetition)
         self._set("logit_bias", _biases(self.logit_bias))
+
+    def _check_form(self) -> None:
+        self._set("response_format", checked_response_format(self.response_format))
+        if self.response_format is None:
+            return
+        if self.ignore_eos:
+            raise UserError(
+                "ignore_eos can't be used with response_format: after a finished form only the end can come"
+            )
+        if self.min_tokens:
+            raise UserError(
+                "min_tokens can't be used with response_format: the form alone says when the answer may end"
+            )
 
     def _set(self, field: str, value: Any) -> None:
         object.__setattr__(self, field, value)
