@@ -15,8 +15,10 @@ from benchmarks._tables import rewrite_all
 
 
 def parts() -> list[str]:
-    """The proofs there are, by name."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
+    """The proofs there are, by name: the module's, with dashes."""
+    return sorted(
+        path.stem.replace("_", "-") for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_")
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,9 +52,10 @@ def _run_aside(part: str) -> int:
 def _run_here(part: str) -> int:
     print(f"== {part}", flush=True)
     began = time.perf_counter()
-    proof = import_module(f"benchmarks.{part}").main()
+    module = part.replace("-", "_")
+    proof = import_module(f"benchmarks.{module}").main()
     if not isinstance(proof, Proof):
-        raise TypeError(f"benchmarks/{part}.py: main() must return a Proof, got {type(proof).__name__}")
+        raise TypeError(f"benchmarks/{module}.py: main() must return a Proof, got {type(proof).__name__}")
     path = write_result(part, proof, time.perf_counter() - began)
     print(f"wrote {path.relative_to(ROOT)}")
     for line in proof.missed:
