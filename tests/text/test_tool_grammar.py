@@ -18,7 +18,6 @@ from fireflyer.text.templates import BUILT_IN
 from fireflyer.text.tokenizer import Tokenizer
 from fireflyer.text.tool_grammar import tool_grammar
 
-
 V3, V31 = (detect_dialect(BUILT_IN[name]) for name in ("v3", "v3.1"))
 TOOLS = [
     {

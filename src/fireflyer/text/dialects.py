@@ -5,7 +5,7 @@ names the form in which tools are called. Nothing goes by file names: what count
 (DeepSeek-V3 report, section 4.1 for the tokens; the model cards of R1 and V3.1 for thinking and tools).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
@@ -40,7 +40,7 @@ class Dialect:
     `no_content`: what it takes as the content of a message that has calls alone, None or ""."""
 
     name: Literal["v2", "v3", "r1", "v3.1", "plain"]
-    chat_template: str | None
+    chat_template: str | None = field(repr=False)
     thinks: bool
     tool_format: ToolFormat | None
     lists_tools: bool = False
