@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 
-from fireflyer.infer import sampler
-from fireflyer.infer.sampler import Sampler, draw, filter_min_p, filter_top_k, filter_top_p, filtered
+from fireflyer.infer.sampler import Sampler, draw, draw_filtered, scale_temperature
 from fireflyer.infer.sampling_params import SamplingParams
 from fireflyer.infer.sampling_state import SampleRow, SamplingState
 
@@ -42,10 +41,6 @@ def naive_min_p(logits, p):
     return {token for token, share in enumerate(probabilities) if share >= p * max(probabilities)}
 
 
-def kept(filtered_V):
-    return set(torch.isfinite(filtered_V).nonzero()[:, 0].tolist())
-
-
 def state_of(prompt=(), answer=(), end=(), **params):
     state = SamplingState(SamplingParams(**params), prompt_token_ids=prompt, end_token_ids=frozenset(end))
     for token in answer:
@@ -63,51 +58,52 @@ def random_logits(rows, vocab_size, seed):
     return torch.randn(rows, vocab_size, generator=generator) * 3
 
 
+def naive_kept(logits, params):
+    """Temperature, then each filter on what the one before has left."""
+    logits = [logit / params.temperature for logit in logits]
+    left = sorted(naive_min_p(logits, params.min_p) & naive_top_k(logits, params.top_k))
+    return {left[index] for index in naive_top_p([logits[token] for token in left], params.top_p)}
+
+
+def kept(logits, params):
+    """The tokens that evenly spaced numbers draw."""
+    logits_1V = torch.tensor([logits])
+    probabilities_1V = scale_temperature(logits_1V, torch.tensor([params.temperature])).softmax(-1)
+    uniform_B = torch.arange(4000, dtype=torch.float64) / 4000
+    return set(draw_filtered(probabilities_1V.expand(4000, -1), [params] * 4000, uniform_B).tolist())
+
+
 @pytest.mark.parametrize(
-    ("function", "naive", "values", "dtype"),
+    ("field", "values"),
     [
-        (filter_top_k, naive_top_k, [0, 1, 2, 7, 50, 1000], torch.int64),
-        (filter_top_p, naive_top_p, [1e-6, 0.1, 0.5, 0.9, 0.999, 1.0], torch.float64),
-        (filter_min_p, naive_min_p, [0.0, 0.01, 0.1, 0.5, 0.9, 1.0], torch.float32),
+        ("top_k", [0, 1, 2, 7, 50, 1000]),
+        ("top_p", [1e-6, 0.1, 0.5, 0.9, 0.99, 1.0]),
+        ("min_p", [0.0, 0.01, 0.1, 0.5, 0.9, 1.0]),
     ],
 )
-def test_filters_match_their_definitions(function, naive, values, dtype):
-    logits_BV = random_logits(len(values), 50, seed=1)
-    filtered_BV = function(logits_BV, torch.tensor(values, dtype=dtype))
-    for row, value in enumerate(values):
-        assert kept(filtered_BV[row]) == naive(logits_BV[row].tolist(), value), value
-        assert torch.equal(filtered_BV[row, list(kept(filtered_BV[row]))], logits_BV[row, list(kept(filtered_BV[row]))])
-
-
-def test_equal_tokens_are_kept_by_id_and_no_more_than_asked():
-    logits_BV = torch.zeros(1, 8)
-    assert kept(filter_top_k(logits_BV, torch.tensor([3]))[0]) == {0, 1, 2}
-    assert kept(filter_top_p(logits_BV, torch.tensor([0.5], dtype=torch.float64))[0]) == {0, 1, 2, 3}
-    logits_BV[0, 5] = 1.0
-    assert kept(filter_top_k(logits_BV, torch.tensor([3]))[0]) == {0, 1, 5}
-
-
-def test_nucleus_wider_than_the_fast_path(monkeypatch):
-    """A row whose nucleus does not fit the first try, beside one whose nucleus does."""
-    logits_BV = torch.cat((random_logits(1, 300, seed=2), torch.linspace(0, 0.01, 300)[None]))
-    top_p_B = torch.tensor([0.5, 0.9], dtype=torch.float64)
-    whole = filter_top_p(logits_BV, top_p_B)
-    monkeypatch.setattr(sampler, "_NUCLEUS_WIDTH", 64)
-    assert torch.equal(filter_top_p(logits_BV, top_p_B), whole)
-    for row in range(2):
-        assert kept(whole[row]) == naive_top_p(logits_BV[row].tolist(), float(top_p_B[row]))
+def test_filters_match_their_definitions(field, values):
+    for seed, value in enumerate(values):
+        logits = (random_logits(1, 50, seed)[0] / 3).tolist()
+        params = SamplingParams(**{field: value})
+        assert kept(logits, params) == naive_kept(logits, params), value
 
 
 def test_filters_follow_each_other():
     """Temperature, min-p, top-k, top-p: the nucleus is that of what top-k has left."""
     logits = [3.0, 2.9, 2.8, 2.7, 0.0, -1.0]
     params = SamplingParams(temperature=2.0, min_p=0.3, top_k=3, top_p=0.6)
-    filtered_V = filtered(torch.tensor([logits]), [params])[0]
-    scaled = [logit / 2.0 for logit in logits]
-    left = sorted(naive_min_p(scaled, 0.3) & naive_top_k(scaled, 3))
-    nucleus = {left[index] for index in naive_top_p([scaled[token] for token in left], 0.6)}
-    assert kept(filtered_V) == nucleus
-    assert len(nucleus) == 2
+    assert kept(logits, params) == naive_kept(logits, params)
+    assert len(kept(logits, params)) == 2
+    assert len(kept(logits, dataclasses.replace(params, top_k=0))) == 3
+
+
+def test_equal_tokens_are_kept_by_id_and_no_more_than_asked():
+    assert kept([0.0] * 8, SamplingParams(top_k=3)) == {0, 1, 2}
+    assert kept([0.0] * 8, SamplingParams(top_p=0.5)) == {0, 1, 2, 3}
+    assert kept([0.0] * 8, SamplingParams(min_p=1.0)) == set(range(8))
+    logits = [0.0, 0.0, -1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+    assert kept(logits, SamplingParams(top_k=3)) == {0, 1, 5}
+    assert kept(logits, SamplingParams(min_p=0.3)) == {0, 1, 3, 4, 5, 6, 7}
 
 
 def chi_square_limit(freedom):
@@ -128,11 +124,9 @@ def chi_square_limit(freedom):
 )
 def test_draws_have_the_filtered_distribution(params):
     logits = (random_logits(1, 24, seed=3)[0] / 2).tolist()
-    scaled = [logit / params.temperature for logit in logits]
-    left = naive_min_p(scaled, params.min_p) & naive_top_k(scaled, params.top_k)
-    ordered = sorted(left)
-    nucleus = sorted(ordered[index] for index in naive_top_p([scaled[token] for token in ordered], params.top_p))
-    expected = dict(zip(nucleus, softmax([scaled[token] for token in nucleus]), strict=True))
+    nucleus = sorted(naive_kept(logits, params))
+    shares = softmax([logits[token] / params.temperature for token in nucleus])
+    expected = dict(zip(nucleus, shares, strict=True))
 
     num_draws = 20_000
     rows = [SampleRow(SamplingState(dataclasses.replace(params, seed=seed))) for seed in range(num_draws)]
@@ -143,21 +137,28 @@ def test_draws_have_the_filtered_distribution(params):
     assert chi_square < chi_square_limit(len(nucleus) - 1)
 
 
-def test_draw_inverts_the_distribution_and_never_takes_what_is_filtered_out():
-    logits_BV = torch.tensor([-math.inf, 0.0, -math.inf, math.log(3.0), -math.inf]).expand(5, -1)
-    uniform_B = torch.tensor([0.0, 0.2499, 0.2501, 0.999, 1 - 2**-53], dtype=torch.float64)
-    assert draw(logits_BV, uniform_B).tolist() == [1, 1, 3, 3, 3]
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_draw_inverts_the_distribution_and_never_takes_what_has_no_share(top_k):
+    probabilities_BV = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0]).expand(5, -1)
+    uniform_B = torch.tensor([0.0, 0.2499, 0.2501, 0.7501, 1 - 2**-53], dtype=torch.float64)
+    assert draw(probabilities_BV, uniform_B).tolist() == [1, 1, 3, 3, 3]
+    # Filters draw from the most probable token on.
+    params = [SamplingParams(top_k=top_k, top_p=0.9999)] * 5
+    assert draw_filtered(probabilities_BV, params, uniform_B).tolist() == [3, 3, 3, 1, 1]
 
 
 def test_draw_reaches_every_rare_token_of_a_large_vocabulary():
     """One token of 99.9% and 129,279 that share the rest: points as far apart as one share fall on as many tokens."""
     rest = 129_279
-    logits_V = torch.zeros(rest + 1)
-    logits_V[0] = math.log(999 * rest)
-    uniform_B = 1 - (torch.arange(100, dtype=torch.float64) + 0.5) * 0.001 / rest
-    tokens = draw(logits_V.expand(100, -1), uniform_B).tolist()
-    assert len(set(tokens)) >= 99
-    assert min(tokens) > rest - 200
+    probabilities_V = torch.full((rest + 1,), 0.001 / rest)
+    probabilities_V[0] = 0.999
+    uniform_B = 1 - (torch.arange(30, dtype=torch.float64) + 0.5) * 0.001 / rest
+    for tokens in (
+        draw(probabilities_V.expand(30, -1), uniform_B).tolist(),
+        draw_filtered(probabilities_V.expand(30, -1), [SamplingParams(min_p=1e-9)] * 30, uniform_B).tolist(),
+    ):
+        assert len(set(tokens)) >= 29
+        assert min(tokens) > rest - 200
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_extreme_temperatures(temperature, scale, token):
 def test_top_k_beyond_the_vocabulary_keeps_all(top_k):
     logits_1V = random_logits(1, 300, seed=6)
     for seed in range(20):
-        rows = [SampleRow(state_of(seed=seed, top_k=k)) for k in (0, top_k)]
+        rows = [SampleRow(state_of(seed=seed, top_k=k)) for k in (300, top_k)]
         assert len(set(sample(rows, logits_1V.expand(2, -1)))) == 1
 
 

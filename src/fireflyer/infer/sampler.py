@@ -6,7 +6,7 @@ parameters and history and the number drawn for its position, and of no other ro
 and in a crowd, with speculation and without.
 
 Shapes: B or R rows, X those that need more than a maximum, S those that are drawn; V tokens that may be sampled,
-M the model's whole vocabulary, K the most probable ones. Filters are pure functions on (B, V).
+M the model's whole vocabulary, K the most probable ones.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from fireflyer.infer.sampling_params import SamplingParams
 from fireflyer.infer.sampling_state import SampleRow
 from fireflyer.text.tokenizer import Tokenizer
 
-# Nuclei seldom hold more tokens than this, and finding this many is ten times cheaper than sorting 129,280.
-_NUCLEUS_WIDTH = 1024
+_DRAWN_AT_ONCE = 2**17
+"""Probabilities that are looked at together."""
 
 _NOT_FINITE = (
     "the model's logits are not finite: its weights are damaged, or too large for this dtype; "
@@ -41,65 +41,69 @@ def scale_temperature(logits_BV: Tensor, temperature_B: Tensor) -> Tensor:
     Temperatures that fp32 can't divide by count as 1e-30 or 1e30: the same choice.
     """
     logits_BV = logits_BV.float()
-    return (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature_B.clamp(1e-30, 1e30)[:, None]
+    return (logits_BV - logits_BV.amax(-1, keepdim=True)).div_(temperature_B.clamp(1e-30, 1e30)[:, None])
 
 
-def filter_min_p(logits_BV: Tensor, min_p_B: Tensor) -> Tensor:
-    """-inf where a token is less probable than min_p times the row's most probable one (arXiv 2407.01082)."""
-    floor_B1 = logits_BV.amax(-1, keepdim=True) + min_p_B.log()[:, None]
-    return logits_BV.masked_fill(logits_BV < floor_B1, -torch.inf)
+def num_kept(falling_BK: Tensor, mass_BK: Tensor, min_p_B: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
+    """How many of each row's most probable tokens the filters keep, at least one. int64 (B,).
 
-
-def filter_top_k(logits_BV: Tensor, top_k_B: Tensor) -> Tensor:
-    """-inf for all but the top_k largest logits of each row; of equal ones the lower token ids stay. 0 or less: off."""
-    vocab_size = logits_BV.shape[-1]
-    top_k_B = top_k_B.clamp(max=vocab_size)
-    off_B1 = top_k_B[:, None] <= 0
-    largest_BK = logits_BV.topk(max(int(top_k_B.max()), 1), dim=-1).values
-    kept_BV = _largest(logits_BV, largest_BK, top_k_B.clamp(min=1)) | off_B1
-    return logits_BV.masked_fill(~kept_BV, -torch.inf)
-
-
-def filter_top_p(logits_BV: Tensor, top_p_B: Tensor) -> Tensor:
-    """-inf outside each row's nucleus: the fewest most probable tokens whose probabilities reach top_p, at least one.
-
-    Of equally probable tokens the lower ids are taken first. Source: arXiv 1904.09751.
+    falling_BK: the largest probabilities of each row, falling, and mass_BK their running sums in fp64; all that top_k
+    keeps must be among them. min-p keeps what is at least min_p times as probable as the first (arXiv 2407.01082);
+    top-k, of these, the first top_k (0: all); top-p, of these, the fewest that make up top_p of their sum
+    (arXiv 1904.09751).
     """
-    probabilities_BV = logits_BV.softmax(-1, dtype=torch.float32)
-    vocab_size = logits_BV.shape[-1]
-    for width in (min(_NUCLEUS_WIDTH, vocab_size), vocab_size):
-        largest_BK = probabilities_BV.topk(width, dim=-1).values
-        mass_BK = largest_BK.double().cumsum(-1)
-        reached_B = (mass_BK[:, -1] >= top_p_B) | (top_p_B >= 1)
-        if width == vocab_size or bool(reached_B.all()):
-            break
-    before_BK = mass_BK - largest_BK
-    nucleus_B = (before_BK < top_p_B[:, None]).sum(-1).clamp(min=1)
-    kept_BV = _largest(probabilities_BV, largest_BK, nucleus_B) | (top_p_B >= 1)[:, None]
-    return logits_BV.masked_fill(~kept_BV, -torch.inf)
+    kept_B = torch.searchsorted(-falling_BK, -(falling_BK[:, 0] * min_p_B)[:, None], right=True)[:, 0]
+    kept_B = torch.where(top_k_B > 0, torch.minimum(kept_B, top_k_B), kept_B).clamp(min=1)
+    wanted_B1 = mass_BK.gather(-1, kept_B[:, None] - 1) * top_p_B[:, None]
+    nucleus_B = torch.searchsorted(mass_BK, wanted_B1)[:, 0] + 1
+    return torch.where(top_p_B < 1, torch.minimum(kept_B, nucleus_B), kept_B)
 
 
-def _largest(values_BV: Tensor, largest_BK: Tensor, count_B: Tensor) -> Tensor:
-    """A mask (B, V) of exactly count_B largest values a row, ties to lower ids. largest_BK: the row's largest, falling.
-
-    Found by value and not by topk's indices, whose order among equals depends on K.
-    """
-    last_B1 = largest_BK.gather(-1, count_B[:, None] - 1)
-    above_BV = values_BV > last_B1
-    equal_BV = values_BV == last_B1
-    room_B1 = count_B[:, None] - above_BV.sum(-1, keepdim=True)
-    return above_BV | (equal_BV & (equal_BV.cumsum(-1) <= room_B1))
-
-
-def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """One token a row by inverting the row's distribution at uniform_B (fp64, in [0, 1)). int64 (B,).
 
-    One number a row, so a request's random stream moves by one a token whatever the vocabulary or the batch. The sums
-    are fp64: next to 1, fp32 has no room for tokens rarer than 6e-8, and a large vocabulary has many.
+    One number a row, so what a request draws does not depend on the vocabulary or the batch. The sums are fp64: next to
+    1, fp32 has no room for tokens rarer than 6e-8, and a large vocabulary has many.
     """
-    cumulative_BV = logits_BV.softmax(-1, dtype=torch.float32).double().cumsum(-1)
-    points_B1 = (uniform_B * cumulative_BV[:, -1])[:, None]
-    return torch.searchsorted(cumulative_BV, points_B1, right=True)[:, 0]
+    mass_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
+    return _invert(mass_BV, mass_BV[:, -1], uniform_B)
+
+
+def draw_filtered(probabilities_BV: Tensor, params: Sequence[SamplingParams], uniform_B: Tensor) -> Tensor:
+    """As `draw`, from what min_p, top_k and top_p leave. Of equally probable tokens the lower ids come first."""
+    device = probabilities_BV.device
+    vocab_size = probabilities_BV.shape[-1]
+    counts = [min(p.top_k, vocab_size) if p.top_k > 0 else 0 for p in params]
+    falling_BK = _falling(probabilities_BV, vocab_size if 0 in counts else max(counts))
+    mass_BK = falling_BK.cumsum(-1, dtype=torch.float64)
+    kept_B = num_kept(
+        falling_BK,
+        mass_BK,
+        torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
+        torch.tensor(counts, device=device),
+        torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
+    )
+    place_B1 = _invert(mass_BK, mass_BK.gather(-1, kept_B[:, None] - 1)[:, 0], uniform_B)[:, None]
+    # From the place among the most probable ones back to the token: the one of its probability, or one of several.
+    value_B1 = falling_BK.gather(-1, place_B1)
+    nth_B1 = place_B1 - torch.searchsorted(-falling_BK, -value_B1)
+    row_N, token_N = (probabilities_BV == value_B1).nonzero(as_tuple=True)
+    num_equal_B = torch.bincount(row_N, minlength=len(params))
+    return token_N[num_equal_B.cumsum(0) - num_equal_B + nth_B1[:, 0]]
+
+
+def _invert(mass_BK: Tensor, total_B: Tensor, uniform_B: Tensor) -> Tensor:
+    """Where the running sums of each row pass uniform_B of `total_B`; never at a place that adds nothing."""
+    point_B = torch.minimum(uniform_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
+    return torch.searchsorted(mass_BK, point_B[:, None], right=True)[:, 0].clamp(max=mass_BK.shape[-1] - 1)
+
+
+def _falling(values_BV: Tensor, count: int) -> Tensor:
+    """(B, count): the largest values of each row, falling."""
+    if count < values_BV.shape[-1] or values_BV.device.type != "cpu":
+        return values_BV.topk(count, dim=-1).values
+    # numpy sorts a large vocabulary thirty times as fast as torch does on a CPU.
+    return torch.from_numpy(np.sort(values_BV.numpy(), axis=-1)[:, ::-1].copy())
 
 
 class SampledToken(NamedTuple):
@@ -131,13 +135,17 @@ class Sampler:
         logits_RV = logits_RM[:, : self._vocab_size]
         # max and not argmax, which takes three times as long on a CPU.
         largest_R, token_R = logits_RV.max(-1)
-        special = [index for index, row in enumerate(rows) if row.state.shaped or not row.state.params.greedy]
         largest, tokens = largest_R.tolist(), token_R.tolist()
         errors = {row: _NOT_FINITE for row, value in enumerate(largest) if not math.isfinite(value)}
+        special = [
+            index
+            for index, row in enumerate(rows)
+            if (row.state.shaped or not row.state.params.greedy) and index not in errors
+        ]
         if special:
             logits_XM = logits_RM if len(special) == len(rows) else logits_RM[special]
             chosen, failed = self._choose([rows[index] for index in special], logits_XM)
-            errors = {special[row]: error for row, error in failed.items()} | errors
+            errors |= {special[row]: error for row, error in failed.items()}
             for index, token_id in zip(special, chosen, strict=True):
                 tokens[index] = token_id
         logprobs = self._logprobs(rows, logits_RM, tokens, errors)
@@ -158,15 +166,18 @@ class Sampler:
             _shape_(logits_XM, rows)
             errors = _forbid_(logits_XM[:, : self._vocab_size], rows)
         logits_XV = logits_XM[:, : self._vocab_size]
-        token_X = logits_XV.max(-1).indices
-        drawn = [index for index, row in enumerate(rows) if not row.state.params.greedy]
-        if drawn:
-            logits_SV = logits_XV if len(drawn) == len(rows) else logits_XV[drawn]
-            params = [rows[index].state.params for index in drawn]
-            uniforms = [rows[index].state.uniform(rows[index].position) for index in drawn]
-            uniform_S = torch.tensor(uniforms, dtype=torch.float64, device=logits_XV.device)
-            token_X[drawn] = draw(filtered(logits_SV, params), uniform_S)
-        return token_X.tolist(), errors
+        tokens = logits_XV.max(-1).indices.tolist()
+        drawn = [index for index, row in enumerate(rows) if not row.state.params.greedy and index not in errors]
+        # Row by row where rows are long: what a row needs then stays in the processor's cache.
+        at_once = max(_DRAWN_AT_ONCE // self._vocab_size, 1)
+        for filtered in (False, True):
+            part = [index for index in drawn if rows[index].state.params.filtered == filtered]
+            for start in range(0, len(part), at_once):
+                some = part[start : start + at_once]
+                found = _draw([rows[index] for index in some], logits_XV[some])
+                for index, token_id in zip(some, found.tolist(), strict=True):
+                    tokens[index] = token_id
+        return tokens, errors
 
     def _logprobs(
         self, rows: Sequence[SampleRow], logits_RM: Tensor, tokens: list[int], errors: dict[int, str]
@@ -226,26 +237,14 @@ def _forbid_(logits_XV: Tensor, rows: Sequence[SampleRow]) -> dict[int, str]:
     return {index: error for index, error in zip(held, errors, strict=True) if error is not None}
 
 
-def filtered(logits_SV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Logits after temperature and filters: a softmax of it is what is drawn from."""
+def _draw(rows: Sequence[SampleRow], logits_SV: Tensor) -> Tensor:
+    """Tokens for rows that all have a filter, or all have none."""
     device = logits_SV.device
+    params = [row.state.params for row in rows]
     temperature_S = torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device)
-    logits_SV = scale_temperature(logits_SV, temperature_S)
-    min_p_S = _column([p.min_p for p in params], 0.0, torch.float32, device)
-    if min_p_S is not None:
-        logits_SV = filter_min_p(logits_SV, min_p_S)
-    # A count beyond every vocabulary keeps all, and may be beyond what a tensor holds.
-    top_k_S = _column([min(max(p.top_k, 0), logits_SV.shape[-1]) for p in params], 0, torch.int64, device)
-    if top_k_S is not None:
-        logits_SV = filter_top_k(logits_SV, top_k_S)
-    top_p_S = _column([p.top_p for p in params], 1.0, torch.float64, device)
-    if top_p_S is not None:
-        logits_SV = filter_top_p(logits_SV, top_p_S)
-    return logits_SV
-
-
-def _column(values: Sequence[float], off: float, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """The values as a tensor, or None where every row has the filter off."""
-    if all(value == off for value in values):
-        return None
-    return torch.tensor(values, dtype=dtype, device=device)
+    uniforms = [row.state.uniform(row.position) for row in rows]
+    uniform_S = torch.tensor(uniforms, dtype=torch.float64, device=device)
+    probabilities_SV = scale_temperature(logits_SV, temperature_S).softmax(-1)
+    return (
+        draw_filtered(probabilities_SV, params, uniform_S) if params[0].filtered else draw(probabilities_SV, uniform_S)
+    )

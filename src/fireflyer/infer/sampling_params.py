@@ -125,6 +125,11 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
+    def filtered(self) -> bool:
+        """Whether some tokens are never drawn."""
+        return self.min_p > 0 or self.top_k > 0 or self.top_p < 1
+
+    @property
     def penalized(self) -> bool:
         """Whether a logit depends on which tokens came before, beyond what the model makes of them."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
