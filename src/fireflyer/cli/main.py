@@ -16,10 +16,18 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from fireflyer import __version__
-from fireflyer.cli import chat, demo, export, generate, inspect, pretrain
+from fireflyer.cli import chat, demo, export, fleet, generate, inspect, pretrain
 from fireflyer.errors import Stopped, UserError
 
-VERBS = {"demo": demo, "pretrain": pretrain, "export": export, "generate": generate, "chat": chat, "inspect": inspect}
+VERBS = {
+    "demo": demo,
+    "pretrain": pretrain,
+    "export": export,
+    "generate": generate,
+    "chat": chat,
+    "inspect": inspect,
+    "fleet": fleet,
+}
 
 
 class _Answered(Exception):
