@@ -256,3 +256,25 @@ def test_a_call_without_content_reads_as_nothing() -> None:
     for template, said in ((unguarded, "Hi"), (adding, "Hi"), (asking, "<Hi>")):
         text = chat_prompt(detect_dialect(template), [USER, call], special_tokens=NAMES)
         assert text == said + '{"key": "ü"}'
+
+
+def test_switches_of_thinking_stand_for_each_other() -> None:
+    for reads, given in (("thinking", "enable_thinking"), ("enable_thinking", "thinking")):
+        dialect = detect_dialect("{{ '<think>' if " + reads + " else '</think>' }}")
+        for on in (True, False):
+            said = chat_prompt(dialect, [USER], special_tokens=NAMES, variables={given: on})
+            assert said == ("<think>" if on else "</think>")
+            both = chat_prompt(dialect, [USER], special_tokens=NAMES, variables={given: on, reads: not on})
+            assert both != said
+
+
+def test_calls_in_fences_are_read_where_the_prompt_closes_thinking() -> None:
+    dialect = detect_dialect(BUILT_IN["r1"].replace("<｜Assistant｜><think>\\n", "<｜Assistant｜></think>"))
+    assert (dialect.name, dialect.tool_format) == ("v3", "fenced")
+    assert dialect.thinking_at_end(chat_prompt(dialect, [USER], special_tokens=NAMES)) == "closed"
+
+
+def test_what_others_wrote_does_not_cut_the_message_to_be_continued() -> None:
+    messages = [{"role": "user", "content": "\ufdd1\ufdd1"}, {"role": "assistant", "content": "So"}]
+    text = prompt("v3", messages, continue_final_message=True)
+    assert text == f"{BEGIN}<｜User｜>\ufdd1\ufdd1<｜Assistant｜>So"

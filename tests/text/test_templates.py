@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from fireflyer.errors import UserError
-from fireflyer.text.special_tokens import ASSISTANT, RESERVED, THINK_BEGIN, USER
+from fireflyer.text.special_tokens import ASSISTANT, BEGIN, END, RESERVED, THINK_BEGIN, USER
 from fireflyer.text.templates import render_chat
 from fireflyer.text.tokenizer import Tokenizer
 
@@ -79,6 +79,33 @@ def test_what_users_write_never_becomes_a_control_token(tokenizer: Tokenizer) ->
     assert tokenizer.decode(ids, skip_special=False) == tokenizer.render_chat(chat)
 
 
+def test_marks_of_turns_in_a_reply_and_anything_in_tools_stay_text(tokenizer: Tokenizer) -> None:
+    everything = "".join(RESERVED)
+    tool = {"type": "function", "function": {"name": "f", "description": everything, "parameters": {"x": everything}}}
+    call = {"function": {"name": "f", "arguments": {"x": USER}}}
+    chat = [
+        {"role": "user", "content": [{"type": "text", "text": USER}]},
+        {"role": "assistant", "content": "".join(RESERVED), "tool_calls": [call]},
+    ]
+    ids = tokenizer.encode_chat(chat, tools=[tool], add_generation_prompt=False)
+    for name in (BEGIN, END, USER, ASSISTANT):
+        assert ids.count(tokenizer.special_id(name)) == 1, name
+    assert ids.count(tokenizer.special_id(THINK_BEGIN)) == 1  # the reply's own
+    assert tokenizer.decode(ids, skip_special=False) == tokenizer.render_chat(chat, False, tools=[tool])
+
+
+@pytest.mark.parametrize("chat", CHATS[1:3] + CHATS[4:])
+def test_a_reply_to_go_on_with_ends_as_in_transformers(tokenizer: Tokenizer, tmp_path: Path, chat: list) -> None:
+    tokenizer.save(tmp_path)
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    until = [i for i, message in enumerate(chat) if message["role"] == "assistant"][-1]
+    text = reference.apply_chat_template(chat[: until + 1], tokenize=False, continue_final_message=True)
+    assert tokenizer.render_chat(chat[: until + 1], continue_final_message=True) == text
+    ids = tokenizer.encode_chat(chat[: until + 1], continue_final_message=True)
+    assert tokenizer.decode(ids, skip_special=False) == text
+    assert ids[-1] != tokenizer.eos_id
+
+
 def with_template(tokenizer: Tokenizer, folder: Path, template: str) -> Tokenizer:
     tokenizer.save(folder)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -87,8 +114,9 @@ def with_template(tokenizer: Tokenizer, folder: Path, template: str) -> Tokenize
 
 @pytest.mark.parametrize("begin", ["", "{{ bos_token }}", "{{ bos_token }}{{ bos_token }}"])
 def test_exactly_one_begin_token_whatever_the_template_does(tokenizer: Tokenizer, tmp_path: Path, begin: str) -> None:
-    own = with_template(tokenizer, tmp_path, begin + "{% for m in messages %}{{ m.content }}{% endfor %}")
-    assert own.encode_chat([{"role": "user", "content": "Hi"}]) == [own.bos_id, *own.encode("Hi")]
+    for loop in ("{{ m.content }}", "{{ m.content }}" + begin):
+        own = with_template(tokenizer, tmp_path, begin + "{% for m in messages %}" + loop + "{% endfor %}")
+        assert own.encode_chat([{"role": "user", "content": "Hi"}]) == [own.bos_id, *own.encode("Hi")]
 
 
 def test_a_template_of_its_own_may_cut_past_thinking(tokenizer: Tokenizer, tmp_path: Path) -> None:
