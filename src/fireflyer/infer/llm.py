@@ -6,9 +6,11 @@ kv_lora_rank + qk_rope_head_dim numbers a layer.
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,11 +19,14 @@ import torch
 
 from fireflyer.checkpoint.hf import load_model, resolve_checkpoint
 from fireflyer.errors import UserError
+from fireflyer.infer.async_engine import AsyncEngine
 from fireflyer.infer.engine import Engine
+from fireflyer.infer.options import CacheDtype, EngineOptions
 from fireflyer.infer.output_text import OutputText
-from fireflyer.infer.request import Request, RequestOutput, StreamPart
-from fireflyer.infer.sampler import Sampler
+from fireflyer.infer.outputs import RequestOutput, StreamPart
+from fireflyer.infer.request import Request
 from fireflyer.infer.sampling_params import SamplingParams
+from fireflyer.infer.structured_output import GrammarCompiler, GrammarState
 from fireflyer.model.decoder import Decoder
 from fireflyer.text.stream import StreamDecoder
 from fireflyer.text.templates import Message
@@ -33,14 +38,14 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class LLM:
-    """A loaded model that answers prompts.
+    """A loaded model that answers prompts. Its engine, and with it the prefix cache, lives as long as it does.
 
     Args:
         path: a CHECKPOINT: a folder in the published format, or a run folder (its newest good checkpoint).
         dtype: torch.float32 or torch.bfloat16; "auto" is float32 on a CPU and bfloat16 on a GPU.
         device: where the model runs, "cpu" or "cuda".
-        max_length: tokens of prompt and answer together at most; default the model's max_position_embeddings.
-        max_num_seqs: sequences that decode together; more prompts than that wait for a free place.
+        max_length, max_num_seqs, max_step_tokens, block_size, cache_gib, cache_dtype, prefix_cache,
+            num_speculative_tokens, deterministic: as `EngineOptions` says.
 
     Raises UserError for a checkpoint that can't be read, a device that isn't there, a dtype that doesn't serve.
     """
@@ -53,13 +58,31 @@ class LLM:
         device: torch.device | str = "cpu",
         max_length: int | None = None,
         max_num_seqs: int = 64,
+        max_step_tokens: int = 2048,
+        block_size: int = 16,
+        cache_gib: float | None = None,
+        cache_dtype: CacheDtype = "auto",
+        prefix_cache: bool = True,
+        num_speculative_tokens: int | None = None,
+        deterministic: bool = False,
     ) -> None:
+        options = EngineOptions(
+            max_length,
+            max_num_seqs,
+            max_step_tokens,
+            block_size,
+            cache_gib,
+            cache_dtype,
+            prefix_cache,
+            num_speculative_tokens,
+            deterministic,
+        )
         target = _checked_device(device)
         chosen = _checked_dtype(dtype, target)
         folder = resolve_checkpoint(path)
         model = load_model(folder, dtype=chosen, device=target)
         tokenizer = Tokenizer.from_file(folder) if (folder / "tokenizer.json").is_file() else None
-        self._set_up(model, tokenizer, str(path), max_length, max_num_seqs)
+        self._set_up(model, tokenizer, str(path), options)
         self._end_token_ids |= _generation_config_end_ids(folder)
 
     @classmethod
@@ -70,36 +93,42 @@ class LLM:
         *,
         max_length: int | None = None,
         max_num_seqs: int = 64,
+        options: EngineOptions | None = None,
     ) -> LLM:
-        """Around a model that is in memory already, which may go on training between calls."""
+        """Around a model that is in memory already, which may go on training between calls.
+
+        So what a call finds in the prefix cache is its own: it is emptied when a call begins and nothing else runs.
+        options: instead of the two before it.
+        """
         llm = cls.__new__(cls)
-        llm._set_up(model, tokenizer, "the model in memory", max_length, max_num_seqs)
+        llm._set_up(model, tokenizer, "the model in memory", options or EngineOptions(max_length, max_num_seqs))
+        llm._weights_may_change = True
         return llm
 
-    def _set_up(
-        self, model: Decoder, tokenizer: Tokenizer | None, source: str, max_length: int | None, max_num_seqs: int
-    ) -> None:
+    def _set_up(self, model: Decoder, tokenizer: Tokenizer | None, source: str, options: EngineOptions) -> None:
         limit = model.config.max_position_embeddings
-        if max_length is not None and not 1 < max_length <= limit:
+        if options.max_length is not None and options.max_length > limit:
             raise UserError(
-                f"max_length is {max_length}; it must lie between 2 and the model's max_position_embeddings, {limit}"
+                f"max_length is {options.max_length}; it must lie between 2 and the model's max_position_embeddings, "
+                f"{limit}"
             )
-        if max_num_seqs < 1:
-            raise UserError(f"max_num_seqs is {max_num_seqs}; it must be at least 1")
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}; "
                 "tokenizer.json belongs to another model"
             )
-        self.model, self.tokenizer, self.config = model, tokenizer, model.config
-        self.max_length = max_length or limit
+        self.model, self.tokenizer, self.config, self.options = model, tokenizer, model.config, options
+        self.engine = Engine(model, tokenizer, options)
+        self.lock = threading.RLock()
+        """Held for each step and each change of `engine`: calls may come from several threads."""
+        self.max_length = self.engine.max_length
         self._source = source
-        self._max_num_seqs = max_num_seqs
+        self._weights_may_change = False
+        self._async_engine = AsyncEngine(self)
+        self._grammar_compiler: GrammarCompiler | None = None
         self._end_token_ids = _as_set(model.config.eos_token_id)
         if tokenizer is not None:
             self._end_token_ids |= {tokenizer.eos_id}
-        # Embeddings are often padded beyond the tokenizer; what stands there is never a token of an answer.
-        self._sampler = Sampler(model.config.vocab_size if tokenizer is None else tokenizer.vocab_size, tokenizer)
 
     def generate(
         self,
@@ -112,7 +141,9 @@ class LLM:
             prompts: a text, or token ids, or a list of these. Text is preceded by the begin token, once.
             sampling_params: one for all prompts, or a list with one for each.
 
-        Raises UserError, naming the prompt by its index, before anything is generated.
+        An answer that could not go on has finish_reason "error"; the others are whole.
+
+        Raises UserError, naming the prompt by its index, before anything is generated; and where no answer could go on.
         """
         listed = _listed(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -125,13 +156,36 @@ class LLM:
         requests = []
         for index, (prompt, params) in enumerate(zip(listed, sampling_params, strict=True)):
             try:
-                requests.append(self._request(prompt, params))
+                requests.append(self.make_request(prompt, params))
             except UserError as error:
                 raise UserError(f"prompts[{index}]: {error}") from None
-        engine = Engine(self.model, requests, self._max_num_seqs, self._sampler)
-        while engine.unfinished:
-            engine.step()
-        return [request.output() for request in requests]
+        for _ in self._steps(requests):
+            pass
+        outputs = [request.output() for request in requests]
+        answers = [answer for output in outputs for answer in output.outputs]
+        if answers and all(answer.finish_reason == "error" for answer in answers):
+            raise UserError(str(answers[0].error))
+        return outputs
+
+    def _steps(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Add requests and step until all have ended, a turn after each step; leaving early gives them up."""
+        try:
+            with self.lock:
+                self._before_call()
+                for request in requests:
+                    self.engine.add(request)
+            while not all(request.finished for request in requests):
+                with self.lock:
+                    self.engine.step()
+                yield
+        finally:
+            with self.lock:
+                for request in requests:
+                    self.engine.abort(request.request_id)
+
+    def _before_call(self) -> None:
+        if self._weights_may_change and not self.engine.unfinished:
+            self.engine.forget_prefixes()
 
     def chat(
         self,
@@ -144,31 +198,21 @@ class LLM:
         return self.generate([self.encode_chat(conversation) for conversation in conversations], sampling_params)
 
     def stream_sync(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamPart]:
-        """One answer in parts as it grows. Raises UserError at the call, not at the first part."""
-        request = self._request(prompt, sampling_params or SamplingParams())
-        return self._parts(Engine(self.model, [request], 1, self._sampler), request)
+        """The answer in parts as it grows. Raises UserError at the call, not at the first part."""
+        return self._parts(self.make_request(prompt, sampling_params or SamplingParams()))
 
-    def _parts(self, engine: Engine, request: Request) -> Iterator[StreamPart]:
-        while engine.unfinished:
-            engine.step()
-            part = request.take_part()
-            if part is not None:
-                yield part
+    def _parts(self, request: Request) -> Iterator[StreamPart]:
+        for _ in self._steps([request]):
+            yield from request.take_parts()
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> AsyncIterator[StreamPart]:
         """As `stream_sync`, for `async for`: steps run in a thread, so the event loop stays free.
 
         Leaving the loop or cancelling the task ends the generation within one step.
         """
-        request = self._request(prompt, sampling_params or SamplingParams())
-        return self._parts_async(Engine(self.model, [request], 1, self._sampler), request)
-
-    async def _parts_async(self, engine: Engine, request: Request) -> AsyncIterator[StreamPart]:
-        while engine.unfinished:
-            await asyncio.to_thread(engine.step)
-            part = request.take_part()
-            if part is not None:
-                yield part
+        with self.lock:
+            self._before_call()
+        return self._async_engine.generate(prompt, sampling_params or SamplingParams())
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of a text prompt: special tokens in it count, and it begins with exactly one begin token."""
@@ -185,17 +229,18 @@ class LLM:
             raise UserError(f"{self._source} has no tokenizer.json, which {use} needs; {remedy}")
         return self.tokenizer
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        """A checked request. Raises UserError."""
+    def make_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        cache_salt: str = "",
+        report_experts: bool = False,
+    ) -> Request:
+        """A checked request, not in the engine yet. Raises UserError."""
         if not isinstance(params, SamplingParams):
             raise UserError(f"sampling parameters must be SamplingParams, not {type(params).__name__}")
-        for field, value, only in (
-            ("n", params.n, 1),
-            ("logprobs", params.logprobs, None),
-            ("prompt_logprobs", params.prompt_logprobs, None),
-        ):
-            if value != only:
-                raise UserError(f"{field} is {value}; this engine serves only {field}={only}")
         text = prompt if isinstance(prompt, str) else None
         token_ids = self.encode_prompt(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         self._check_prompt(token_ids)
@@ -204,24 +249,31 @@ class LLM:
             beyond = [token for token in tokens or () if token >= vocab_size]
             if beyond:
                 raise UserError(f"{field} has {beyond[0]}; the model's vocabulary ends at {vocab_size - 1}")
-        output_text = None
-        if params.stop or self.tokenizer is not None:
-            tokenizer = self._tokenizer_for("a stop string", "use stop_token_ids")
-            output_text = OutputText(
-                StreamDecoder(tokenizer),
-                params.stop or (),
-                include_stop=params.include_stop_str_in_output,
-                min_tokens=params.min_tokens,
-            )
-        room = self.max_length - len(token_ids)
+        if params.stop:
+            self._tokenizer_for("a stop string", "use stop_token_ids")
+        room = self.engine.max_tokens - len(token_ids)
         return Request(
+            request_id or uuid.uuid4().hex,
             text,
             token_ids,
             params,
             max_new_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             end_token_ids=frozenset(self._end_token_ids),
-            output_text=output_text,
+            new_text=None if self.tokenizer is None else partial(_output_text, self.tokenizer, params),
+            new_grammar=self._grammar(params, token_ids),
+            cache_salt=cache_salt,
+            report_experts=report_experts,
         )
+
+    def _grammar(self, params: SamplingParams, prompt_token_ids: list[int]) -> Callable[[], GrammarState] | None:
+        """What makes the grammars of a request's answers; None where it asks for none. Raises UserError."""
+        if params.response_format is None:
+            return None
+        tokenizer = self._tokenizer_for("response_format", "leave response_format out")
+        with self.lock:
+            if self._grammar_compiler is None:
+                self._grammar_compiler = GrammarCompiler(tokenizer, self._end_token_ids)
+        return partial(self._grammar_compiler.start, params.response_format, prompt_token_ids)
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:
@@ -235,6 +287,16 @@ class LLM:
                 f"the prompt has {len(token_ids)} tokens, which leaves no room for an answer in the context of "
                 f"{self.max_length}; shorten it"
             )
+        self.engine.check_length(len(token_ids))
+
+
+def _output_text(tokenizer: Tokenizer, params: SamplingParams) -> OutputText:
+    return OutputText(
+        StreamDecoder(tokenizer),
+        params.stop or (),
+        include_stop=params.include_stop_str_in_output,
+        min_tokens=params.min_tokens,
+    )
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -1,71 +1,120 @@
-"""The decoder over the rows of one cache. In: token ids and their positions. Out: the logits of each row's last token.
+"""The decoder over one step's rows. In: spans of answers. Out: hidden states of every row, of main model and MTP.
 
-Rows 0 to n-1 are in use, without gaps, so that a decode step works on a plain slice.
+Rows of all answers go through projections, feed-forward and experts together. In attention they fall into groups: short
+spans of the same length (decoding, verifying drafts) attend together in absorbed form; a long piece of a prompt attends
+alone, expanded.
+
+Shapes: N rows of the step · B sequences of a group · T rows of each · S cache slots · D hidden_size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from fireflyer.model.cache import ContiguousCache
-from fireflyer.model.decoder import Decoder
+from fireflyer.config import ModelConfig
+from fireflyer.infer.paged_cache import PagedCache
+from fireflyer.infer.scheduler import Span
+from fireflyer.model.attention import AttentionGroup
+from fireflyer.model.decoder import Decoder, TrunkOutput
 
-PREFILL_TOKENS = 4096
-"""Tokens, padding included, of one call of the decoder: bounds what prefill needs beside the weights and the cache."""
+_PADDING_ALLOWED = 64
+"""Slots that a sequence of a group may be padded by, however short it is; beyond, by its own length at most."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one call: `spans` one after the other, each from its `first_rows` on."""
+
+    spans: list[Span]
+    first_rows: list[int]
+    positions_1N: Tensor
+    groups: tuple[AttentionGroup, ...]
 
 
 class ModelRunner:
-    """A decoder with the latents of up to `num_rows` sequences. `num_slots` is a start: the rows grow as they fill."""
+    """A decoder and the cache of its sequences."""
 
-    def __init__(self, model: Decoder, num_rows: int, num_slots: int) -> None:
-        weight = model.head_weight
-        self.device, self._dtype = weight.device, weight.dtype
-        self._model = model
-        self._cache = ContiguousCache(model.config, num_rows, num_slots, weight.dtype, weight.device)
-        self._window = self._cache.rows(0, 0)
+    def __init__(self, model: Decoder, cache: PagedCache) -> None:
+        self.device = model.head_weight.device
+        self._model, self._cache = model, cache
+        self._absorbed_up_to = absorbed_up_to(model.config)
 
-    @torch.inference_mode()
-    def prefill(self, first_row: int, prompts: list[list[int]]) -> Tensor:
-        """Read prompts into the rows from `first_row` on; (B, V) logits after each prompt's last token.
+    def batch(self, spans: Iterable[Span]) -> Batch:
+        """Put spans into groups, and their rows into the groups' order."""
+        short: dict[int, list[Span]] = {}
+        long: list[list[Span]] = []
+        for span in spans:
+            if span.num_rows <= self._absorbed_up_to:
+                short.setdefault(span.num_rows, []).append(span)
+            else:
+                long.append([span])
+        parts = [part for same in short.values() for part in _of_similar_length(same)] + long
+        ordered = [span for part in parts for span in part]
+        groups = tuple(self._group(part) for part in parts)
+        first_rows, row = [], 0
+        for span in ordered:
+            first_rows.append(row)
+            row += span.num_rows
+        positions_1N = torch.cat([group.positions_BT.flatten() for group in groups])[None]
+        return Batch(ordered, first_rows, positions_1N, groups)
 
-        Shorter prompts are padded on the right: what stands there is overwritten before any query sees it.
-        """
-        lengths = [len(prompt) for prompt in prompts]
-        self._reserve(max(lengths))
-        rows = self._cache.rows(first_row, first_row + len(prompts))
-        last_token_B = torch.tensor(lengths, device=self.device) - 1
-        ids_BT = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            ids_BT[row, : len(prompt)] = torch.tensor(prompt)
-        ids_BT = ids_BT.to(self.device)
-        positions_T = torch.arange(ids_BT.shape[1], device=self.device)
-        last_BD = torch.empty(len(prompts), self._model.config.hidden_size, dtype=self._dtype, device=self.device)
-        step = max(PREFILL_TOKENS // len(prompts), 1)
-        for start in range(0, ids_BT.shape[1], step):
-            chunk_BT = ids_BT[:, start : start + step]
-            positions_BT = positions_T[start : start + step].expand_as(chunk_BT)
-            hidden_BTD = self._model.trunk(chunk_BT, positions=positions_BT, cache=rows).hidden_BTD
-            ends_here_B = (last_token_B >= start) & (last_token_B < start + step)
-            last_BD[ends_here_B] = hidden_BTD[ends_here_B, last_token_B[ends_here_B] - start]
-        return self._model.head(last_BD)
+    def trunk(self, batch: Batch, token_ids: Sequence[int]) -> TrunkOutput:
+        """The main model over the batch's rows: hidden states (1, N, D) after the last norm, and the routing."""
+        ids_1N = torch.tensor([token_ids], device=self.device)
+        return self._model.trunk(ids_1N, positions=batch.positions_1N, groups=batch.groups)
 
-    @torch.inference_mode()
-    def decode(self, token_ids: list[int], positions: list[int]) -> Tensor:
-        """One token for each of the first len(token_ids) rows, at its position; (B, V) logits."""
-        self._reserve(max(positions) + 1)
-        if self._window.slots.shape[1] != len(token_ids):
-            self._window = self._cache.rows(0, len(token_ids))
-        ids_B1, positions_B1 = torch.tensor([token_ids, positions], device=self.device)[..., None]
-        hidden_B1D = self._model.trunk(ids_B1, positions=positions_B1, cache=self._window).hidden_BTD
-        return self._model.head(hidden_B1D[:, 0])
+    def mtp(self, depth: int, batch: Batch, hidden_ND: Tensor, next_ids: Sequence[int]) -> Tensor:
+        """MTP depth `depth` (from 0) over the batch's rows: (N, D)."""
+        ids_1N = torch.tensor([next_ids], device=self.device)
+        return self._model.mtp_step(depth, hidden_ND[None], ids_1N, batch.positions_1N, batch.groups)[0]
 
-    @torch.inference_mode()
-    def move_row(self, source: int, target: int) -> None:
-        """Put the last row in the place of one that has ended."""
-        self._cache.move_row(source, target)
+    def logits(self, hidden_XD: Tensor) -> Tensor:
+        """(X, V)"""
+        return self._model.head(hidden_XD)
 
-    def _reserve(self, num_slots: int) -> None:
-        if num_slots > self._cache.max_length:
-            self._cache.grow(max(num_slots, 2 * self._cache.max_length))
-            self._window = self._cache.rows(0, 0)
+    def _group(self, spans: list[Span]) -> AttentionGroup:
+        size, rows = self._cache.block_size, spans[0].num_rows
+        stops = [span.stop for span in spans]
+        starts_B1 = torch.tensor([[span.start] for span in spans], device=self.device)
+        positions_BT = starts_B1 + torch.arange(rows, device=self.device)
+        num_slots = max(stops)
+        tables = [span.answer.blocks[: -(-span.stop // size)] for span in spans]
+        targets = [
+            span.answer.blocks[position // size] * size + position % size
+            for span in spans
+            for position in range(span.start, span.stop)
+        ]
+        absorbed = rows <= self._absorbed_up_to
+        alike = min(stops) == num_slots
+        # A next token sees all slots, and the first piece of a prompt is plainly causal: neither needs a mask.
+        plain = alike and (rows == 1 or (spans[0].start == 0 and all(span.start == 0 for span in spans)))
+        mask_BTS = None if plain else torch.arange(num_slots, device=self.device) <= positions_BT[..., None]
+        view = self._cache.view(tables, targets)
+        return AttentionGroup(positions_BT, mask_BTS, view, num_slots, "absorbed" if absorbed else "expanded")
+
+
+def absorbed_up_to(config: ModelConfig) -> int:
+    """Rows of one sequence up to which absorbed attention is cheaper than expanding all its latents once.
+
+    Per slot and head, a row costs 2C - R multiplications absorbed, Q + V expanded, and the expansion L(P + V).
+    """
+    expansion = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
+    absorbed = config.latent_dim + config.kv_lora_rank
+    expanded = config.qk_head_dim + config.v_head_dim
+    return max(expansion // max(absorbed - expanded, 1), 1)
+
+
+def _of_similar_length(spans: list[Span]) -> list[list[Span]]:
+    """Cut where a sequence would be padded to more than twice its length."""
+    parts: list[list[Span]] = []
+    for span in sorted(spans, key=lambda span: span.stop, reverse=True):
+        longest = parts[-1][0].stop if parts else 0
+        if longest and longest - span.stop <= max(span.stop, _PADDING_ALLOWED):
+            parts[-1].append(span)
+        else:
+            parts.append([span])
+    return parts

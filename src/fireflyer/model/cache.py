@@ -16,15 +16,19 @@ from torch import Tensor
 from fireflyer.config import ModelConfig
 
 
-class LatentCache(Protocol):
-    """What the decoder asks of a cache."""
-
-    lengths: Tensor
-    """(B,) int64: tokens held by each sequence; where the next call's tokens go unless it names positions."""
+class LatentStore(Protocol):
+    """What attention asks of a cache."""
 
     def extend(self, layer_index: int, latent_BTC: Tensor, positions_BT: Tensor, num_slots: int) -> Tensor:
         """Store `latent_BTC` at `positions_BT`; return the first `num_slots` slots, (B, S, C)."""
         ...
+
+
+class LatentCache(LatentStore, Protocol):
+    """What the decoder asks of a cache."""
+
+    lengths: Tensor
+    """(B,) int64: tokens held by each sequence; where the next call's tokens go unless it names positions."""
 
 
 class ContiguousCache:
