@@ -42,6 +42,7 @@ class Board:
         self.free = {zone: set(names) for zone, names in state.free.items()}
         self.coming: dict[str, float] = {}
         self.running = dict(state.running)
+        self.room_of: dict[str, dict[str, int]] = {}
         self._started: dict[str, str] = {}
         self.doomed: dict[str, float] = {}
         self.crossing = state.crossing
@@ -55,16 +56,19 @@ class Board:
         zones = [zone for zone, free in self.free.items() if len(free) >= size]
         if zones:
             best = min(zones, key=lambda z: (-len(self.free[z].intersection(task.kept_nodes)), len(self.free[z]), z))
-            return self._pick((best,), task)
+            return self.pick((best,), task)
         if self.crossing is None and self.next_crossing is None and sum(map(len, self.free.values())) >= size:
-            return self._pick(self._widest_first(), task)
+            return self.pick(self._widest_first(), task)
         return None
 
     def take(self, task: Task, nodes: tuple[str, ...]) -> None:
         """Hand out free nodes."""
         self.running[task.id] = replace(task, phase="running", since_s=self.now_s, nodes=nodes, kept_nodes=())
+        room = self.room_of[task.id] = dict.fromkeys(self.free, 0)
         for name in nodes:
-            self.free[self.state.zone_of[name]].remove(name)
+            zone = self.state.zone_of[name]
+            self.free[zone].remove(name)
+            room[zone] += 1
             self._started[name] = task.id
         if self.state.spans_zones(nodes):
             self.crossing = task.id
@@ -132,7 +136,10 @@ class Board:
         must: list[Offer] = []
         offers: list[Offer] = []
         for until_s, victim in eligible:
-            gain = 0 if victim.id in self.doomed else self._gain(victim, zones)
+            if victim.id in self.doomed:
+                continue
+            room = self.room_of.get(victim.id) or self.state.room_of[victim.id]
+            gain = sum(room.get(zone, 0) for zone in zones)
             if gain:
                 target = must if across and victim.id == self.crossing else offers
                 target.append((max(until_s, self.now_s), gain, victim))
@@ -154,11 +161,6 @@ class Board:
             return False
         return self.crossing is None or self.crossing in self.doomed or stops_the_other
 
-    def _gain(self, victim: Task, zones: tuple[str, ...]) -> int:
-        """Nodes that stopping a task would free in these zones."""
-        nodes, zone_of = self.state.nodes, self.state.zone_of
-        return sum(zone_of[name] in zones and nodes[name].health == "up" for name in victim.nodes)
-
     def _doom(self, task: Task, ready_s: float) -> None:
         self.doomed[task.id] = ready_s
         for name in task.nodes:
@@ -168,7 +170,7 @@ class Board:
     def _widest_first(self) -> tuple[str, ...]:
         return tuple(sorted(self.free, key=lambda zone: (-len(self.free[zone]), zone)))
 
-    def _pick(self, zones: tuple[str, ...], task: Task) -> tuple[str, ...]:
+    def pick(self, zones: tuple[str, ...], task: Task) -> tuple[str, ...]:
         """The task's nodes among the free ones: those it kept first, then zone by zone in the order of names."""
         kept, rank, zone_of = set(task.kept_nodes), self.state.rank, self.state.zone_of
         names = [name for zone in zones for name in self.free[zone]]

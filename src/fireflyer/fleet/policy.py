@@ -15,83 +15,16 @@ Reservations carry that over from one decision to the next.
 from __future__ import annotations
 
 import heapq
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 from fireflyer.errors import UserError
+from fireflyer.fleet.decision import Decision, Settings, Start, Suspend, protected_until
 from fireflyer.fleet.fair_share import Usage, decayed
+from fireflyer.fleet.offers import Offer, Offers
 from fireflyer.fleet.placement import Board
 from fireflyer.fleet.state import FleetState, Reservation, Task
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a fleet may choose. Raises UserError naming the setting, its value and its range.
-
-    min_slice_s: nobody is stopped before this, from launch on; a user of weight above 1 has that many times as long.
-    stop_s: the deadline for saving and stopping; past it a task is killed.
-    half_life_s: node-seconds count half after this time.
-    tolerance: a user is stopped for a less served one only if they still had this share more after the other's slice.
-    own_turn_s: after this time a task that has run before may take the nodes of another task of the same user.
-    tick_s: how often to decide again while tasks wait and nothing happens.
-    weights: of users; 1 for those not named.
-    """
-
-    min_slice_s: float = 600.0
-    stop_s: float = 60.0
-    half_life_s: float = 86_400.0
-    tolerance: float = 0.05
-    own_turn_s: float = 3_600.0
-    tick_s: float = 60.0
-    weights: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("min_slice_s", "half_life_s", "tick_s"):
-            _check(name, getattr(self, name), getattr(self, name) > 0, "above 0")
-        for name in ("stop_s", "own_turn_s"):
-            _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        _check("tolerance", self.tolerance, 0 <= self.tolerance < 1, "0 or more and below 1")
-        for user, weight in self.weights.items():
-            _check(f"weights.{user}", weight, weight > 0, "above 0")
-
-    def weight(self, user: str) -> float:
-        return self.weights.get(user, 1.0)
-
-    def slice_s(self, user: str) -> float:
-        """How long a user's task runs at least."""
-        return self.min_slice_s * max(1.0, self.weight(user))
-
-    def turn_s(self, users: int) -> float:
-        """The longest wait for a turn while this many users wait."""
-        return users * (self.min_slice_s * max([1.0, *self.weights.values()]) + self.stop_s)
-
-
-@dataclass(frozen=True)
-class Start:
-    """Launch a task on these nodes. turn: it takes its user's turn (store the time as Usage.last_turn_s)."""
-
-    nodes: tuple[str, ...]
-    turn: bool
-
-
-@dataclass(frozen=True)
-class Suspend:
-    """Ask a task to save and stop. kept_nodes: if it only moves off a bad node, what it gets back (Task.kept_nodes)."""
-
-    reason: str
-    kept_nodes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Decision:
-    """starts, suspends: by task. reservations: part of the next state. wake_s: decide again then at the latest (None:
-    when something happens)."""
-
-    starts: dict[str, Start]
-    suspends: dict[str, Suspend]
-    reservations: tuple[Reservation, ...]
-    wake_s: float | None
+from fireflyer.fleet.turns import turns
 
 
 def decide(state: FleetState, now_s: float, settings: Settings) -> Decision:
@@ -106,11 +39,6 @@ def decide(state: FleetState, now_s: float, settings: Settings) -> Decision:
     return round_.decision()
 
 
-def protected_until(task: Task, settings: Settings) -> float:
-    """When a running task has had its slice."""
-    return task.since_s + min(settings.slice_s(task.user), task.limit_s)
-
-
 def check_size(num_nodes: int, state: FleetState, wait_for_nodes: bool) -> None:
     """Refuse a task that this fleet can never run, unless it shall wait for more nodes. Raises UserError."""
     if num_nodes < 1:
@@ -120,45 +48,6 @@ def check_size(num_nodes: int, state: FleetState, wait_for_nodes: bool) -> None:
             f"nodes = {num_nodes}: the fleet has {len(state.nodes)}; ask for {len(state.nodes)} or fewer, "
             "or for waiting until there are enough"
         )
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A waiting user's next turn: for the task that has waited longest of those that fit the nodes that are up.
-
-    since_s: since when the user has waited for it. due_s: when it begins to go before everything else.
-    """
-
-    user: str
-    task: Task
-    since_s: float
-    due_s: float
-
-
-def turns(state: FleetState, now_s: float, settings: Settings) -> list[Turn]:
-    """Waiting users, the longest waiting first.
-
-    Serving in this order, user k waits for as many rounds as the gangs before need: gangs that together fit the
-    smallest zone start together. A turn is due once a slice for somebody else would break the promise of `turn_s`.
-    """
-    heads = [head for user in state.waiting if (head := _head(state, user))]
-    waits = [(min(now_s, max(head.since_s, state.usage.get(head.user, Usage()).last_turn_s)), head) for head in heads]
-    waits.sort(key=lambda wait: (wait[0], wait[1].user))
-    promise_s, round_s = settings.turn_s(len(waits)), settings.turn_s(1)
-    room = min((up for up in state.num_up.values() if up), default=0)
-    rounds, filled = 0, room
-    found = []
-    for since_s, head in waits:
-        filled += head.num_nodes
-        if filled > room:
-            rounds, filled = rounds + 1, head.num_nodes
-        found.append(Turn(head.user, head, since_s, since_s + promise_s - (rounds + 1) * round_s))
-    return found
-
-
-def _head(state: FleetState, user: str) -> Task | None:
-    heads = [queue[0] for size, queue in state.waiting[user].items() if state.possible(size)]
-    return state.tasks[min(heads)[1]] if heads else None
 
 
 class _Round:
@@ -179,7 +68,7 @@ class _Round:
             self.served[user] = had / settings.weight(user)
         self.turns = turns(state, now_s, settings)
         self.heads = {turn.task.id for turn in self.turns}
-        self.by_preference = sorted(state.running.values(), key=lambda t: (-self.served[t.user], t.since_s, t.id))
+        self.offers = Offers(state, now_s, settings, dict(self.served))
         self.turns_blocked = False
 
     def keep_reservations(self, due: bool) -> None:
@@ -242,9 +131,9 @@ class _Round:
 
     def decision(self) -> Decision:
         suspends: dict[str, Suspend] = {}
-        for task in self.state.running.values():
-            bad = [name for name in task.nodes if self.state.nodes[name].health == "drained"]
-            if bad and protected_until(task, self.settings) <= self.now_s:
+        for task in self._on_drained_nodes():
+            if protected_until(task, self.settings) <= self.now_s:
+                bad = [name for name in task.nodes if name in self.state.drained]
                 kept = tuple(name for name in task.nodes if name not in bad)
                 suspends[task.id] = Suspend(f"moves off {', '.join(bad)}, which is drained", kept)
         for reservation in self.reservations.values():
@@ -297,17 +186,21 @@ class _Round:
 
     def _reserve_share(self, task: Task) -> bool:
         """Nodes of more served users, at once or not at all; and none while a due turn is behind another."""
-        eligible = self._eligible_for_share(task)
-        return not self.turns_blocked and bool(eligible or self.board.coming) and self._claim(task, eligible, due=False)
+        if self.turns_blocked:
+            return False
+        after = self.served[task.user] + self._slice_share(task)
+        room = [len(free) + self.offers.room(task, after, zone) for zone, free in self.board.free.items()]
+        if sum(room) + len(self.board.coming) < task.num_nodes:
+            return False
+        return self._claim(task, self.offers.for_share(task, after), due=False)
 
     def _reserve(self, task: Task) -> bool:
         """Nodes of whoever will have had a slice first: the user's own tasks before those of the most served."""
-        tasks = [*self.by_preference, *(self.board.running[task_id] for task_id in self.starts)]
-        tasks.sort(key=lambda other: other.user != task.user)
-        return self._claim(task, [(protected_until(other, self.settings), other) for other in tasks], due=True)
+        started = [self.board.running[task_id] for task_id in self.starts]
+        return self._claim(task, self.offers.for_turn(task, started), due=True)
 
-    def _claim(self, task: Task, eligible: Sequence[tuple[float, Task]], due: bool) -> bool:
-        claim = self.board.claim(task, eligible, may_wait=due) if self.state.possible(task.num_nodes) else None
+    def _claim(self, task: Task, offers: list[Offer], due: bool) -> bool:
+        claim = self.board.claim(task, offers, may_wait=due) if self.state.possible(task.num_nodes) else None
         if claim is None:
             return False
         self.reservations[task.id] = self.board.reserve(task, claim, due)
@@ -321,34 +214,17 @@ class _Round:
         self.board.hold(kept)
         self._count(self.state.tasks[kept.task_id])
 
-    def _eligible_for_share(self, task: Task) -> list[tuple[float, Task]]:
-        """Tasks of clearly more served users that have had a slice; and the user's own, for a task's first slice or
-        after `own_turn_s`."""
-        after = self.served[task.user] + self._slice_share(task)
-        own, others = [], []
-        for other in self.by_preference:
-            until_s = protected_until(other, self.settings)
-            if other.user == task.user:
-                if task.num_slices:
-                    until_s = max(until_s, other.since_s + self.settings.own_turn_s)
-                if until_s <= self.now_s:
-                    own.append((until_s, other))
-            elif self.served[other.user] * (1.0 - self.settings.tolerance) >= after and until_s <= self.now_s:
-                others.append((until_s, other))
-        return own + others
+    def _on_drained_nodes(self) -> list[Task]:
+        """Running tasks with a node that is drained, in the order of nodes."""
+        drained = sorted(self.state.drained, key=self.state.rank.__getitem__)
+        holders = dict.fromkeys(self.state.holder.get(name, "") for name in drained)
+        return [self.state.running[task_id] for task_id in holders if task_id in self.state.running]
 
     def _wake_s(self) -> float | None:
         times = [reservation.ready_s for reservation in self.reservations.values()]
+        times += [protected_until(task, self.settings) for task in self._on_drained_nodes()]
         if sum(len(queue) for sizes in self.state.waiting.values() for queue in sizes.values()) > len(self.settled):
             times += [turn.due_s for turn in self.turns]
-            times += [protected_until(task, self.settings) for task in self.state.running.values()]
             times += [self.now_s + self.settings.slice_s(self.state.tasks[task_id].user) for task_id in self.starts]
-            times.append(self.now_s + self.settings.tick_s)
-        elif any(node.health == "drained" for node in self.state.nodes.values()):
-            times += [protected_until(task, self.settings) for task in self.state.running.values()]
+            times += [self.now_s + self.settings.tick_s, self.offers.next_s() or 0.0]
         return min((time for time in times if time > self.now_s), default=None)
-
-
-def _check(name: str, value: float, right: bool, wanted: str) -> None:
-    if not (math.isfinite(value) and right):
-        raise UserError(f"{name} = {value!r}: it has to be {wanted}")

@@ -11,12 +11,13 @@ import re
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from fireflyer.fleet.fair_share import Usage
 
 Health = Literal["up", "drained", "lost"]
 Phase = Literal["waiting", "running", "stopping"]
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +71,12 @@ class Reservation:
 
 
 class FleetState:
-    """The indexed state. Invariants: a node has one holder at most; `free` holds nodes that are up and have none;
-    `crossing` is the task across zones."""
+    """The indexed state.
+
+    A node has one holder at most; `free` holds nodes that are up and have none. waiting: by user and size, running_of:
+    by user, both as (since_s, id) with the longest in front. room_of: nodes that the end of a task would free, by zone.
+    crossing: the task across zones. held: nodes by user.
+    """
 
     def __init__(
         self,
@@ -90,9 +95,12 @@ class FleetState:
         for node in ordered:
             if node.health == "up":
                 self.free[node.zone].add(node.name)
+        self.drained = {node.name for node in ordered if node.health == "drained"}
         self.holder: dict[str, str] = {}
         self.tasks: dict[str, Task] = {}
         self.running: dict[str, Task] = {}
+        self.running_of: dict[str, list[tuple[float, str]]] = {}
+        self.room_of: dict[str, dict[str, int]] = {}
         self.stopping: dict[str, Task] = {}
         self.interrupted: dict[str, Task] = {}
         self.limited: dict[str, Task] = {}
@@ -117,12 +125,17 @@ class FleetState:
             if task.limit_s < math.inf:
                 self.limited[task.id] = task
             return
-        (self.running if task.phase == "running" else self.stopping)[task.id] = task
+        if task.phase == "running":
+            self.running[task.id] = task
+            insort(self.running_of.setdefault(task.user, []), (task.since_s, task.id))
+        else:
+            self.stopping[task.id] = task
         self.held[task.user] = self.held.get(task.user, 0) + len(task.nodes)
         for name in task.nodes:
             assert name not in self.holder, f"{name} is given to {self.holder[name]} and to {task.id}"
             self.holder[name] = task.id
             self.free[self.zone_of[name]].discard(name)
+        self.room_of[task.id] = self._room(task)
         if self.spans_zones(task.nodes):
             self.crossing = task.id
 
@@ -131,16 +144,18 @@ class FleetState:
         task = self.tasks.pop(task_id)
         if task.phase == "waiting":
             by_size = self.waiting[task.user]
-            queue = by_size[task.num_nodes]
-            del queue[bisect_left(queue, (task.since_s, task_id))]
-            if not queue:
-                del by_size[task.num_nodes]
+            _take_out(by_size, task.num_nodes, (task.since_s, task_id))
             if not by_size:
                 del self.waiting[task.user]
             self.interrupted.pop(task_id, None)
             self.limited.pop(task_id, None)
             return
-        del (self.running if task.phase == "running" else self.stopping)[task_id]
+        if task.phase == "running":
+            del self.running[task_id]
+            _take_out(self.running_of, task.user, (task.since_s, task_id))
+        else:
+            del self.stopping[task_id]
+        del self.room_of[task_id]
         if self.crossing == task_id:
             self.crossing = None
         self.held[task.user] -= len(task.nodes)
@@ -161,6 +176,19 @@ class FleetState:
             self.free[node.zone].add(node.name)
         else:
             self.free[node.zone].discard(node.name)
+        (self.drained.add if node.health == "drained" else self.drained.discard)(node.name)
+        holder = self.holder.get(node.name)
+        if holder is not None:
+            self.room_of[holder] = self._room(self.tasks[holder])
+
+    def _room(self, task: Task) -> dict[str, int]:
+        """How many nodes would be free in each zone if the task stopped."""
+        room: dict[str, int] = {}
+        for name in task.nodes:
+            node = self.nodes[name]
+            if node.health == "up":
+                room[node.zone] = room.get(node.zone, 0) + 1
+        return room
 
     def spans_zones(self, nodes: Iterable[str]) -> bool:
         return len({self.zone_of[name] for name in nodes}) > 1
@@ -168,6 +196,14 @@ class FleetState:
     def possible(self, num_nodes: int) -> bool:
         """Could a task of this size run now if it had every node that is up?"""
         return num_nodes <= sum(self.num_up.values())
+
+
+def _take_out(queues: dict[Key, list[tuple[float, str]]], key: Key, entry: tuple[float, str]) -> None:
+    """Take an entry out of one of several sorted queues; an empty one goes."""
+    queue = queues[key]
+    del queue[bisect_left(queue, entry)]
+    if not queue:
+        del queues[key]
 
 
 def natural(name: str) -> tuple[tuple[int, int, str], ...]:
