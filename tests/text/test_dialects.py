@@ -153,17 +153,19 @@ def test_arguments_come_as_text_or_object_whatever_the_template_wants() -> None:
         assert dialect.text_arguments == (template is published)
         for messages in (as_text, as_object):
             assert '{"a": ' in chat_prompt(dialect, messages, special_tokens=NAMES)
-    cut = [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a'}}]}]
-    assert json.dumps('{"a') in chat_prompt(detect_dialect(CHATML), cut, special_tokens=NAMES)
+    for broken in ('{"a', "[" * 100_000):
+        cut = [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": broken}}]}]
+        assert json.dumps(broken) in chat_prompt(detect_dialect(CHATML), cut, special_tokens=NAMES)
 
 
 def test_contents_of_parts_and_roles_of_the_newer_api() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     messages = [{"role": "developer", "content": parts}, {"role": "user", "content": parts}]
     assert prompt("v3", messages) == f"{BEGIN}one\ntwo<｜User｜>one\ntwo<｜Assistant｜>"
-    own = "{% for m in messages %}{% if m.role == 'critic' %}{{ m.content }}{% endif %}{% endfor %}"
     critic = [{"role": "critic", "content": "bad"}]
-    assert chat_prompt(detect_dialect(own), critic, special_tokens=NAMES) == "bad"
+    for test in ("m.role == 'critic'", "m.role in ['user', 'critic']", 'm["role"] in ("critic",)'):
+        own = "{% for m in messages %}{% if " + test + " %}{{ m.content }}{% endif %}{% endfor %}"
+        assert chat_prompt(detect_dialect(own), critic, special_tokens=NAMES) == "bad"
 
 
 def test_past_thinking_is_left_out_where_the_published_templates_leave_it_out() -> None:

@@ -135,6 +135,8 @@ def test_a_template_of_its_own_may_cut_past_thinking(tokenizer: Tokenizer, tmp_p
             [{"role": "user", "content": "x"}, {"role": "robot", "content": "x"}],
             "message 1 of the chat has role 'robot'",
         ),
+        ([{"role": "content", "content": "x"}], "message 0 of the chat has role 'content'"),
+        ([{"role": "", "content": "x"}], "message 0 of the chat has role ''"),
         ([{"role": "user", "content": "x"}, {"content": "y"}], "message 1 of the chat must be an object"),
         ([{"role": "user"}], "message 0 of the chat has no content"),
         ([{"role": "tool", "content": None}], "message 0 of the chat has no content"),

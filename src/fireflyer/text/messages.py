@@ -6,6 +6,7 @@ text.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -40,11 +41,11 @@ def checked_messages(messages: Sequence[Message], dialect: Dialect) -> list[dict
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise UserError(f'{where} must be an object with "role" and "content", got {message!r:.80}')
         role = message["role"]
-        named = any(f"{quote}{role}{quote}" in template for quote in "'\"")
+        named = re.search(rf"""(==|\bin\s*[\[(]|,)\s*['"]{re.escape(role)}['"]""", template)
         if role == "developer" and not named:  # the API's newer name for it
             role = "system"
         elif role not in _ROLES and not named:
-            raise UserError(f"{where} has role {role!r}, which is not one of {', '.join(_ROLES)}")
+            raise UserError(f"{where} has role {role!r:.80}, which is not one of {', '.join(_ROLES)}")
         if (role == "tool" or message.get("tool_calls")) and "tool" not in template:
             raise UserError(f"{where} is about a tool, for which this chat template has no form; leave tools out")
         checked.append({**message, "role": role, **_said(message, role, where, dialect)})
@@ -142,6 +143,6 @@ def _call(call: Any, where: str, text_arguments: bool) -> dict[str, Any]:
     if text_arguments and not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     elif not text_arguments and isinstance(arguments, str):
-        with suppress(json.JSONDecodeError):  # a call that was cut off is shown as it was written
+        with suppress(ValueError, RecursionError):  # a call that was cut off is shown as it was written
             arguments = json.loads(arguments or "{}")
     return {**call, "type": call.get("type") or "function", "function": {**function, "arguments": arguments}}

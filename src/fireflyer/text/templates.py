@@ -66,7 +66,15 @@ def render_chat(
             **special_tokens,
             **(variables or {}),
         )
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         # Beside jinja2's own errors what the expressions of a template may raise: adding None to a text, say.
         raise UserError(f"the chat template can't render these messages: {error}") from error
 
