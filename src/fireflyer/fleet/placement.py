@@ -73,6 +73,9 @@ class Board:
         if self.state.spans_zones(nodes):
             self.crossing = task.id
 
+    def is_free(self, name: str) -> bool:
+        return name in self.free[self.state.zone_of[name]]
+
     def holder(self, name: str) -> str | None:
         """The task that holds a node, from before or since this decision."""
         return self._started.get(name) or self.state.holder.get(name)
@@ -84,15 +87,18 @@ class Board:
             holders[self.crossing] = None
         return [self.running[task_id] for task_id in holders if task_id in self.running]
 
-    def claim(self, task: Task, eligible: Sequence[tuple[float, Task]], may_wait: bool) -> Claim | None:
+    def claim(
+        self, task: Task, eligible: Sequence[tuple[float, Task]], may_wait: bool, home: str | None = None
+    ) -> Claim | None:
         """The way to free nodes for a task that is ready first, and of these the one that stops the fewest nodes.
 
         eligible: running tasks that may be stopped for it and from when on, those to stop first in front.
         may_wait: take also a claim that is ready later, not only now.
+        home: look only in this zone.
         """
-        num_up = self.state.num_up
-        claims = [self._claim(task, (zone,), eligible) for zone in self.free if num_up[zone] >= task.num_nodes]
-        if not any(claims) and len(self.free) > 1:
+        zones = self.free if home is None else (home,)
+        claims = [self._claim(task, (zone,), eligible) for zone in zones if self.state.num_up[zone] >= task.num_nodes]
+        if not any(claims) and len(self.free) > 1 and home is None:
             claims = [self._claim(task, self._widest_first(), eligible)]
         horizon_s = float("inf") if may_wait else self.now_s
         ready = [claim for claim in claims if claim is not None and claim.ready_s <= horizon_s]
@@ -126,7 +132,7 @@ class Board:
 
     def available(self, name: str) -> bool:
         """Is the node up, and not meant for anybody? (Who runs there may have to stop.)"""
-        if name in self.free[self.state.zone_of[name]] or name in self.coming:
+        if self.is_free(name) or name in self.coming:
             return True
         holder = self.holder(name)
         return holder is not None and holder not in self.doomed and self.state.nodes[name].health == "up"

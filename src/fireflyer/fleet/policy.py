@@ -86,8 +86,8 @@ class _Round:
     def restore_gangs(self) -> None:
         """Tasks that lost a node go on with the nodes they kept and one other, before anybody else."""
         for task in sorted(self.state.interrupted.values(), key=lambda task: (task.since_s, task.id)):
-            if task.id not in self.settled and not self._start(task):
-                self._reserve(task)
+            if task.id not in self.settled:
+                self._restore(task)
 
     def give_due_turns(self) -> None:
         num_due = max((place for place, turn in enumerate(self.turns, 1) if turn.due_s <= self.now_s), default=0)
@@ -140,7 +140,7 @@ class _Round:
             if reservation.ready_s > self.now_s:
                 continue
             for holder in self.board.stops_for(reservation):
-                if holder.id not in suspends:
+                if holder.id not in suspends and holder.id not in self.starts:
                     user = self.state.tasks[reservation.task_id].user
                     suspends[holder.id] = Suspend(f"has had its slice; {user}'s {reservation.task_id} is next")
         return Decision(self.starts, suspends, tuple(self.reservations.values()), self._wake_s())
@@ -155,12 +155,25 @@ class _Round:
                     break
         return (self.state.tasks[task_id] for _, task_id in sorted(firsts))
 
+    def _restore(self, task: Task) -> None:
+        """On the nodes it kept and one that is free or whose task has had its slice; elsewhere only if that fails."""
+        nodes = self.board.fit(task)
+        kept = [name for name in task.kept_nodes if self.board.is_free(name)]
+        homes = {self.state.zone_of[name] for name in kept}
+        if nodes is not None and set(kept) <= set(nodes):
+            self._give(task, nodes)
+        elif len(homes) == 1 and self._claim(task, self._everybody(task), due=True, home=homes.pop()):
+            pass
+        elif nodes is not None:
+            self._give(task, nodes)
+        else:
+            self._reserve(task)
+
     def _start(self, task: Task) -> bool:
         nodes = self.board.fit(task)
         if nodes is None:
             return False
-        self.board.take(task, nodes)
-        self._record(task, nodes)
+        self._give(task, nodes)
         return True
 
     def _start_reserved(self, task: Task, reservation: Reservation) -> bool:
@@ -168,9 +181,12 @@ class _Round:
             return False
         if self.state.spans_zones(reservation.nodes) and self.board.crossing is not None:
             return False
-        self.board.take(task, reservation.nodes)
-        self._record(task, reservation.nodes)
+        self._give(task, reservation.nodes)
         return True
+
+    def _give(self, task: Task, nodes: tuple[str, ...]) -> None:
+        self.board.take(task, nodes)
+        self._record(task, nodes)
 
     def _record(self, task: Task, nodes: tuple[str, ...]) -> None:
         self.starts[task.id] = Start(nodes, turn=task.id in self.heads)
@@ -194,13 +210,18 @@ class _Round:
             return False
         return self._claim(task, self.offers.for_share(task, after), due=False)
 
+    def _everybody(self, task: Task) -> list[Offer]:
+        return self.offers.for_turn(task, [self.board.running[task_id] for task_id in self.starts])
+
     def _reserve(self, task: Task) -> bool:
         """Nodes of whoever will have had a slice first: the user's own tasks before those of the most served."""
-        started = [self.board.running[task_id] for task_id in self.starts]
-        return self._claim(task, self.offers.for_turn(task, started), due=True)
+        return self._claim(task, self._everybody(task), due=True)
 
-    def _claim(self, task: Task, offers: list[Offer], due: bool) -> bool:
-        claim = self.board.claim(task, offers, may_wait=due) if self.state.possible(task.num_nodes) else None
+    def _claim(self, task: Task, offers: list[Offer], due: bool, home: str | None = None) -> bool:
+        """Reserve nodes; for a due turn also such that are ready later; in the zone `home` only such that are ready."""
+        if not self.state.possible(task.num_nodes):
+            return False
+        claim = self.board.claim(task, offers, may_wait=due and home is None, home=home)
         if claim is None:
             return False
         self.reservations[task.id] = self.board.reserve(task, claim, due)
@@ -208,7 +229,7 @@ class _Round:
         return True
 
     def _hold(self, reservation: Reservation) -> None:
-        until_s = [protected_until(task, self.settings) for task in self.board.stops_for(reservation)]
+        until_s = [protected_until(other, self.settings) for other in self.board.stops_for(reservation)]
         kept = replace(reservation, ready_s=max([reservation.ready_s, *until_s]))
         self.reservations[kept.task_id] = kept
         self.board.hold(kept)
