@@ -77,6 +77,13 @@ def test_begin_and_end_are_added_only_when_asked(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([tokenizer.special_id(THINK_BEGIN)]) == THINK_BEGIN
 
 
+def test_a_prompt_has_one_begin_token_however_many_it_brings(tokenizer: Tokenizer) -> None:
+    for begins in ("", BEGIN, BEGIN + BEGIN):
+        ids = tokenizer.encode_prompt(f"{begins}hi{USER}")
+        assert ids == [tokenizer.bos_id, *tokenizer.encode("hi"), tokenizer.special_id(USER)]
+    assert tokenizer.encode_prompt("") == [tokenizer.bos_id]
+
+
 def test_allow_special_reads_control_tokens_as_transformers_does(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
     reference = AutoTokenizer.from_pretrained(tmp_path)

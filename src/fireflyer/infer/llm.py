@@ -216,9 +216,7 @@ class LLM:
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of a text prompt: special tokens in it count, and it begins with exactly one begin token."""
-        tokenizer = self._tokenizer_for("a text prompt", "give the prompt as token ids")
-        token_ids = tokenizer.encode(prompt, allow_special=True)
-        return token_ids if token_ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *token_ids]
+        return self._tokenizer_for("a text prompt", "give the prompt as token ids").encode_prompt(prompt)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation in the checkpoint's own template, up to where the assistant's answer begins."""

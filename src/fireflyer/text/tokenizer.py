@@ -180,6 +180,11 @@ class Tokenizer:
             for encoding, character in zip(encodings, characters, strict=True)
         ]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text to go on with: special tokens in it count, and it has one begin token in front, however
+        many it brings."""
+        return self._with_one_begin(self.encode(text, allow_special=True))
+
     def encode_chat(
         self,
         messages: Sequence[Message],
@@ -201,7 +206,7 @@ class Tokenizer:
         ids = self._encode_marked(text, mark)
         if self.bos_id != self.eos_id:  # a template may write begin tokens where it likes
             ids = [token_id for token_id in ids if token_id != self.bos_id]
-        return [self.bos_id, *ids]
+        return self._with_one_begin(ids)
 
     def render_chat(
         self,
@@ -263,6 +268,10 @@ class Tokenizer:
         if name is None:
             name = next((candidate for candidate in names if candidate in self._ids), None)
         return None if name is None else self._ids[name]
+
+    def _with_one_begin(self, ids: list[int]) -> list[int]:
+        begins = next((i for i, token_id in enumerate(ids) if token_id != self.bos_id), len(ids))
+        return [self.bos_id, *ids[begins:]]
 
     def _encode_marked(self, text: str, mark: str) -> list[int]:
         """Encode text whose control tokens count; `mark` is taken out of what lies between them."""
