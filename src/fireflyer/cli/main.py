@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from fireflyer import __version__
-from fireflyer.cli import chat, demo, export, fleet, generate, inspect, pretrain
+from fireflyer.cli import bench, chat, demo, export, fleet, generate, inspect, pretrain
 from fireflyer.errors import Stopped, UserError
 
 VERBS = {
@@ -25,6 +25,7 @@ VERBS = {
     "export": export,
     "generate": generate,
     "chat": chat,
+    "bench": bench,
     "inspect": inspect,
     "fleet": fleet,
 }
