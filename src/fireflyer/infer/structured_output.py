@@ -121,7 +121,7 @@ class GrammarState:
             if history[: len(walked)] != walked:
                 self._go_back(*committed)
                 walked, sound = (), True
-            sound = sound and all(self._draft(token_id) for token_id in history[len(walked) :])
+            sound = sound and all(self._advance(token_id) for token_id in history[len(walked) :])
             walked = history
             errors.append(self._fill(words_W) if sound else None)
         self._go_back(*committed)
@@ -138,9 +138,6 @@ class GrammarState:
         if self._phase == "opening" and self._compiler.think_begin_id is not None:
             words_W[self._compiler.think_begin_id >> 5] |= _bit(self._compiler.think_begin_id)
         return None
-
-    def _draft(self, token_id: int) -> bool:
-        return token_id not in self._compiler.end_token_ids and self._advance(token_id)
 
     def _advance(self, token_id: int) -> bool:
         """Go on by one token; False if the grammar refuses it."""
@@ -212,21 +209,17 @@ def _vocabulary(tokenizer: Tokenizer, end_token_ids: list[int]) -> LLTokenizer:
 def _compiled(response_format: Mapping[str, Any], vocabulary: LLTokenizer) -> LLMatcher:
     from llguidance import LLMatcher, LLParserLimits
 
-    limits = LLParserLimits(verbose_errors=False)
     try:
         grammar = _grammar(response_format)
-        _, complaints = LLMatcher.validate_grammar_with_warnings(grammar, vocabulary, limits=limits)
+        matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        first = matcher.deep_copy()
+        first.compute_bitmask()
+        complaints = [first.get_error()] if first.is_error() else matcher.get_grammar_warnings()
         if complaints:
             raise ValueError(complaints[0])
-        matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
-        first = matcher.deep_copy()
-        possible = any(first.compute_bitmask())
-        if first.is_error() or not possible:
-            raise ValueError(first.get_error() or "no text has this form")
     except ValueError as error:
-        raise UserError(
-            f"response_format: {_WHAT[response_format['type']]} can't be used: {_one_line(str(error))}"
-        ) from None
+        complaint = "no text has this form" if "NoExtension" in str(error) else _one_line(str(error))
+        raise UserError(f"response_format: {_WHAT[response_format['type']]} can't be used: {complaint}") from None
     return matcher
 
 
@@ -244,10 +237,7 @@ def _grammar(response_format: Mapping[str, Any]) -> str:
         return LLMatcher.grammar_from_lark(f"start: {choices}")
     schema = {"type": "object"} if kind == "json_object" else response_format["json_schema"]["schema"]
     _check_bounds(schema)
-    # Overrides, so that no x-guidance key in a schema can ask for keywords to be ignored.
-    return LLMatcher.grammar_from_json_schema(
-        json.dumps(schema), overrides={"lenient": False, "coerce_one_of": False, "whitespace_pattern": _WHITESPACE}
-    )
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": _WHITESPACE})
 
 
 def _check_bounds(schema: object) -> None:
