@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fireflyer.fleet.decision import Settings
 from fireflyer.fleet.state import FleetState, Task
-from fireflyer.fleet.turns import turns
+from fireflyer.fleet.turns import served, turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Wait:
 
 def waits(state: FleetState, now_s: float, settings: Settings) -> dict[str, Wait]:
     """By task, for all that wait (`state.reservations` as the last decision left them)."""
-    order = turns(state, now_s, settings)
+    order = turns(state, now_s, settings, served(state, now_s, settings))
     promise_s = settings.turn_s(len(order))
     found: dict[str, Wait] = {}
     for users_before, turn in enumerate(order):

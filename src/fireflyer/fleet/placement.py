@@ -196,8 +196,8 @@ def _enough_at(need: int, supply: Iterable[tuple[float, int]], start_s: float) -
 
 
 def _fewest(need: int, offers: Sequence[Offer]) -> list[Offer]:
-    """Offers that free `need` nodes: in their order those that free no more than is missing, and for what then is
-    missing the smallest that frees enough."""
+    """Offers that free `need` nodes: in their order those that free no more than is missing; if that is not enough, the
+    smallest that frees the rest, without those that it makes unnecessary."""
     chosen: list[Offer] = []
     passed: list[Offer] = []
     for offer in offers:
@@ -208,6 +208,12 @@ def _fewest(need: int, offers: Sequence[Offer]) -> list[Offer]:
             need -= offer[1]
         else:
             passed.append(offer)
-    if need > 0:
-        chosen.append(min(passed, key=lambda offer: offer[1]))
-    return chosen
+    if need <= 0:
+        return chosen
+    last = min(passed, key=lambda offer: offer[1])
+    spare = last[1] - need
+    for offer in list(chosen):
+        if offer[1] <= spare:
+            chosen.remove(offer)
+            spare -= offer[1]
+    return [*chosen, last]

@@ -20,11 +20,10 @@ from dataclasses import replace
 
 from fireflyer.errors import UserError
 from fireflyer.fleet.decision import Decision, Settings, Start, Suspend, protected_until
-from fireflyer.fleet.fair_share import Usage, decayed
 from fireflyer.fleet.offers import Offer, Offers
 from fireflyer.fleet.placement import Board
 from fireflyer.fleet.state import FleetState, Reservation, Task
-from fireflyer.fleet.turns import turns
+from fireflyer.fleet.turns import served, turns
 
 
 def decide(state: FleetState, now_s: float, settings: Settings) -> Decision:
@@ -61,14 +60,11 @@ class _Round:
         self.starts: dict[str, Start] = {}
         self.reservations: dict[str, Reservation] = {}
         self.settled: set[str] = set()
-        self.served: dict[str, float] = {}
-        for user in sorted({*state.waiting, *state.held}):
-            usage = state.usage.get(user, Usage(as_of_s=now_s))
-            had = decayed(usage, state.held.get(user, 0), now_s, settings.half_life_s)
-            self.served[user] = had / settings.weight(user)
-        self.turns = turns(state, now_s, settings)
+        had = served(state, now_s, settings)
+        self.served = dict(had)
+        self.turns = turns(state, now_s, settings, had)
         self.heads = {turn.task.id for turn in self.turns}
-        self.offers = Offers(state, now_s, settings, dict(self.served))
+        self.offers = Offers(state, now_s, settings, had)
         self.turns_blocked = False
 
     def keep_reservations(self, due: bool) -> None:

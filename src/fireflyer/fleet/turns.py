@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fireflyer.fleet.decision import Settings
-from fireflyer.fleet.fair_share import Usage
+from fireflyer.fleet.fair_share import Usage, decayed
 from fireflyer.fleet.state import FleetState, Task
 
 
@@ -22,15 +23,25 @@ class Turn:
     due_s: float
 
 
-def turns(state: FleetState, now_s: float, settings: Settings) -> list[Turn]:
-    """Waiting users, the longest waiting first.
+def served(state: FleetState, now_s: float, settings: Settings) -> dict[str, float]:
+    """What each user who waits or holds nodes had up to now: faded node-seconds per weight."""
+    found = {}
+    for user in sorted({*state.waiting, *state.held}):
+        usage = state.usage.get(user, Usage(as_of_s=now_s))
+        had = decayed(usage, state.held.get(user, 0), now_s, settings.half_life_s)
+        found[user] = had / settings.weight(user)
+    return found
+
+
+def turns(state: FleetState, now_s: float, settings: Settings, had: Mapping[str, float]) -> list[Turn]:
+    """Waiting users, the longest waiting first, and of those who have waited equally long the one who `had` less.
 
     Serving in this order, user k waits for as many rounds as the gangs before need: gangs that together fit the
     smallest zone start together. A turn is due once a slice for somebody else would break the promise of `turn_s`.
     """
     heads = [head for user in state.waiting if (head := _head(state, user))]
     waits = [(min(now_s, max(head.since_s, state.usage.get(head.user, Usage()).last_turn_s)), head) for head in heads]
-    waits.sort(key=lambda wait: (wait[0], wait[1].user))
+    waits.sort(key=lambda wait: (wait[0], had[wait[1].user], wait[1].user))
     promise_s, round_s = settings.turn_s(len(waits)), settings.turn_s(1)
     room = min((up for up in state.num_up.values() if up), default=0)
     rounds, filled = 0, room
