@@ -123,12 +123,14 @@ class BlockPool:
         if neighbour in self._returned:
             self._returned.remove(neighbour)
             return neighbour
-        if neighbour != self._untouched:
-            while self._heap:
-                block = heapq.heappop(self._heap)
-                if block in self._returned:
-                    self._returned.remove(block)
-                    return block
+        if neighbour == self._untouched < self.num_blocks:
+            self._untouched += 1
+            return neighbour
+        while self._heap:
+            block = heapq.heappop(self._heap)
+            if block in self._returned:
+                self._returned.remove(block)
+                return block
         if self._untouched == self.num_blocks:
             return None
         self._untouched += 1

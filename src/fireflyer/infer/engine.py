@@ -50,16 +50,19 @@ class Engine:
         dtype = cache_torch_dtype(options.cache_dtype, weight.dtype)
         num_layers = config.num_hidden_layers + num_depths
         num_blocks = self._affordable_blocks(slot_bytes(num_layers, config.latent_dim, dtype), weight.device)
-        cache = PagedCache(
-            num_layers,
-            num_blocks,
-            options.block_size,
-            config.latent_dim,
-            config.kv_lora_rank,
-            dtype,
-            weight.dtype,
-            weight.device,
-        )
+        try:
+            cache = PagedCache(
+                num_layers,
+                num_blocks,
+                options.block_size,
+                config.latent_dim,
+                config.kv_lora_rank,
+                dtype,
+                weight.dtype,
+                weight.device,
+            )
+        except (OSError, torch.cuda.OutOfMemoryError):
+            raise UserError(f"cache_gib is {options.cache_gib}; the system does not give so much memory") from None
         self._model, self._cache, self._num_depths = model, cache, num_depths
         self._vocab_size = config.vocab_size if tokenizer is None else tokenizer.vocab_size
         self._sampler = Sampler(self._vocab_size, tokenizer)

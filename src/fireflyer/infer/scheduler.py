@@ -69,6 +69,9 @@ class Scheduler:
         budget = self._options.max_step_tokens
         decoding = [answer for answer in self.running if _rest(answer) == 1]
         reading = [answer for answer in self.running if _rest(answer) > 1]
+        if sum(1 + len(answer.drafts) for answer in decoding) > budget:
+            for answer in decoding:  # every answer's next token goes before anybody's drafts
+                answer.drafts.clear()
         for answer in decoding + reading:
             if budget <= 0:
                 break
@@ -96,7 +99,7 @@ class Scheduler:
         """After a step: put full blocks into the prefix cache, let those follow who waited for the prompt."""
         if answer.chain_open and (self._options.prefix_cache or answer.request.params.n > 1):
             size = self.pool.block_size
-            full = min(answer.num_computed - max(self._mtp_depths - 1, 0), answer.num_computed) // size
+            full = (answer.num_computed - max(self._mtp_depths - 1, 0)) // size
             while answer.chain_open and len(answer.chain) < full:
                 block = answer.blocks[len(answer.chain)]
                 entry = self.prefix_cache.register(
