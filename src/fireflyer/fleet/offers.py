@@ -22,7 +22,7 @@ class Offers:
     def __init__(self, state: FleetState, now_s: float, settings: Settings, served: Mapping[str, float]) -> None:
         self.state, self.now_s, self.settings = state, now_s, settings
         self._users = sorted(state.running_of, key=lambda user: (-served[user], user))
-        self._served = [-served[user] for user in self._users]
+        self._served = served
         self._ripe: dict[str, list[Task]] = {}
         self._rooms: dict[str, list[int]] | None = None
 
@@ -34,16 +34,22 @@ class Offers:
         everybody += sorted(started, key=lambda other: other.user != task.user)
         return [(protected_until(other, self.settings), other) for other in everybody]
 
-    def for_share(self, task: Task, after: float) -> list[Offer]:
-        """Those who have had their slice: of the user's own tasks any for a task's first slice, else those that have
-        run for `own_turn_s`; and the tasks of users who had clearly more than `after`."""
-        own = self._ripe_of(task.user)
-        if task.num_slices:
-            own = [other for other in own if other.since_s + self.settings.own_turn_s <= self.now_s]
-        others = [other for user in self._users[: self._more_served(after)] for other in self._ripe_of(user)]
-        return [(self.now_s, other) for other in own + [other for other in others if other.user != task.user]]
+    def for_share(self, task: Task, had: float) -> list[Offer]:
+        """Those who may be stopped now without a turn: for a task's first slice after the least slice, else after a
+        full one. First the user's own tasks, if they are no larger; then those of users who had clearly more.
 
-    def room(self, task: Task, after: float, zone: str) -> int:
+        Such a user must have had more than this one, who `had` so much, will have after a slice; and more by a slice of
+        the task that stops, or a large one would stop for a small one whenever two users are about even.
+        """
+        found = [other for other in self._ripe_of(task.user) if other.num_nodes <= task.num_nodes]
+        for user in self._users[: self._more_served(task, had)]:
+            ahead = self._served[user] * (1.0 - self.settings.tolerance) - had
+            found += [x for x in self._ripe_of(user) if x.user != task.user and self.settings.share(x) <= ahead]
+        if task.num_slices:
+            found = [other for other in found if other.since_s + self.settings.full_slice_s <= self.now_s]
+        return [(self.now_s, other) for other in found]
+
+    def room(self, task: Task, had: float, zone: str) -> int:
         """At most how many nodes `for_share` can free in a zone: a bound that costs nothing."""
         if self._rooms is None:
             self._rooms = {}
@@ -51,7 +57,7 @@ class Offers:
                 by_user = (sum(self.state.room_of[t.id].get(z, 0) for t in self._ripe_of(u)) for u in self._users)
                 self._rooms[z] = list(accumulate(by_user, initial=0))
         own = sum(self.state.room_of[other.id].get(zone, 0) for other in self._ripe_of(task.user))
-        return own + self._rooms[zone][self._more_served(after)]
+        return own + self._rooms[zone][self._more_served(task, had)]
 
     def next_s(self) -> float | None:
         """When the next slice is over."""
@@ -62,9 +68,10 @@ class Offers:
                 found.append(queue[place][0] + self.settings.slice_s(user))
         return min(found, default=None)
 
-    def _more_served(self, after: float) -> int:
-        """How many users (from the front) are stopped for somebody who will have had `after`."""
-        return bisect_right(self._served, -after / (1.0 - self.settings.tolerance))
+    def _more_served(self, task: Task, had: float) -> int:
+        """How many users, from the front, had clearly more than this task's user will have had after a slice."""
+        wanted = (had + self.settings.share(task)) / (1.0 - self.settings.tolerance)
+        return bisect_right(self._users, -wanted, key=lambda user: -self._served[user])
 
     def _num_ripe(self, user: str) -> int:
         slice_s = self.settings.slice_s(user)

@@ -191,20 +191,17 @@ class _Round:
     def _count(self, task: Task) -> None:
         """What is given now counts at once, so that one decision does not give one user everything."""
         self.settled.add(task.id)
-        self.served[task.user] += self._slice_share(task)
-
-    def _slice_share(self, task: Task) -> float:
-        return task.num_nodes * self.settings.slice_s(task.user) / self.settings.weight(task.user)
+        self.served[task.user] += self.settings.share(task)
 
     def _reserve_share(self, task: Task) -> bool:
         """Nodes of more served users, at once or not at all; and none while a due turn is behind another."""
         if self.turns_blocked:
             return False
-        after = self.served[task.user] + self._slice_share(task)
-        room = [len(free) + self.offers.room(task, after, zone) for zone, free in self.board.free.items()]
+        had = self.served[task.user]
+        room = [len(free) + self.offers.room(task, had, zone) for zone, free in self.board.free.items()]
         if sum(room) + len(self.board.coming) < task.num_nodes:
             return False
-        return self._claim(task, self.offers.for_share(task, after), due=False)
+        return self._claim(task, self.offers.for_share(task, had), due=False)
 
     def _everybody(self, task: Task) -> list[Offer]:
         return self.offers.for_turn(task, [self.board.running[task_id] for task_id in self.starts])
