@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fireflyer.config import LATENT_NORM_EPS, ModelConfig
-from fireflyer.model.cache import LatentCache
+from fireflyer.model.cache import LatentStore
+from fireflyer.model.deterministic import attend_in_tiles
 from fireflyer.model.norm import RMSNorm
 from fireflyer.model.rope import apply_rope, softmax_scale
+from fireflyer.model.row_tiles import RowTiles, linear
 
 Form = Literal["expanded", "absorbed"]
 
@@ -29,7 +31,7 @@ class AttentionGroup:
     positions_BT: Tensor
     mask_BTS: Tensor | None
     """True where a query may look; None is plain causal over the group's own tokens, or no limit for a single token."""
-    cache: LatentCache | None
+    cache: LatentStore | None
     num_slots: int
     form: Form
 
@@ -45,6 +47,8 @@ class AttentionInputs:
     cos_BTR: Tensor
     sin_BTR: Tensor
     groups: tuple[AttentionGroup, ...]
+    tiles: RowTiles | None = None
+    """Where given, no token's result depends on the tokens beside it; attention is then absorbed, whatever the form."""
 
 
 class LatentAttention(nn.Module):
@@ -71,20 +75,21 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, inputs: AttentionInputs, layer_index: int) -> Tensor:
         q_nope_BTHP, q_rope_BTHR = self._queries(x_BTD, inputs)
-        kv_latent_BTL, rope_key_BTR = self.kv_a_proj_with_mqa(x_BTD).split((self.latent, self.rope), dim=-1)
+        kv_BTC = linear(self.kv_a_proj_with_mqa, x_BTD, inputs.tiles)
+        kv_latent_BTL, rope_key_BTR = kv_BTC.split((self.latent, self.rope), dim=-1)
         kv_latent_BTL = self.kv_a_layernorm(kv_latent_BTL)
         rope_key_BTR = apply_rope(rope_key_BTR, inputs.cos_BTR, inputs.sin_BTR)
         rows = (q_nope_BTHP, q_rope_BTHR, kv_latent_BTL, rope_key_BTR)
         if len(inputs.groups) == 1 and inputs.groups[0].positions_BT.shape == x_BTD.shape[:2]:
-            return self.o_proj(self._attend(*rows, inputs.groups[0], layer_index))
+            return linear(self.o_proj, self._attend(*rows, inputs.groups[0], layer_index, inputs.tiles), inputs.tiles)
         parts, start = [], 0
         for group in inputs.groups:
             shape = group.positions_BT.shape
             stop = start + shape.numel()
             own = (tensor.flatten(0, 1)[start:stop].unflatten(0, shape) for tensor in rows)
-            parts.append(self._attend(*own, group, layer_index).flatten(0, 1))
+            parts.append(self._attend(*own, group, layer_index, inputs.tiles).flatten(0, 1))
             start = stop
-        return self.o_proj(torch.cat(parts).view(*x_BTD.shape[:2], -1))
+        return linear(self.o_proj, torch.cat(parts).view(*x_BTD.shape[:2], -1), inputs.tiles)
 
     def _attend(
         self,
@@ -94,22 +99,32 @@ class LatentAttention(nn.Module):
         rope_key_BTR: Tensor,
         group: AttentionGroup,
         layer_index: int,
+        tiles: RowTiles | None,
     ) -> Tensor:
         """One group: what the heads have read, side by side, (B, T, H*V)."""
         if group.cache is not None:
             latent_BTC = torch.cat((kv_latent_BTL, rope_key_BTR), dim=-1)
             kept_BSC = group.cache.extend(layer_index, latent_BTC, group.positions_BT, group.num_slots)
             kept_BSC = kept_BSC.to(q_nope_BTHP.dtype)
+            if tiles is not None:
+                return self._in_tiles(q_nope_BTHP, q_rope_BTHR, kept_BSC, group.positions_BT, tiles)
             if group.form == "absorbed":
                 return self._absorbed(q_nope_BTHP, q_rope_BTHR, kept_BSC, group.mask_BTS)
             kv_latent_BTL, rope_key_BTR = kept_BSC.split((self.latent, self.rope), dim=-1)
-        elif group.form == "absorbed":
+        elif tiles is not None or group.form == "absorbed":
             kept_BSC = torch.cat((kv_latent_BTL, rope_key_BTR), dim=-1)
+            if tiles is not None:
+                own_T = torch.arange(kept_BSC.shape[1], device=kept_BSC.device)
+                return self._in_tiles(q_nope_BTHP, q_rope_BTHR, kept_BSC, own_T.expand(kept_BSC.shape[:2]), tiles)
             return self._absorbed(q_nope_BTHP, q_rope_BTHR, kept_BSC, group.mask_BTS)
         return self._expanded(q_nope_BTHP, q_rope_BTHR, kv_latent_BTL, rope_key_BTR, group.mask_BTS)
 
     def _queries(self, x_BTD: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if self.has_q_latent else self.q_proj(x_BTD)
+        if self.has_q_latent:
+            q_latent = self.q_a_layernorm(linear(self.q_a_proj, x_BTD, inputs.tiles))
+            q = linear(self.q_b_proj, q_latent, inputs.tiles)
+        else:
+            q = linear(self.q_proj, x_BTD, inputs.tiles)
         q_BTHQ = q.unflatten(-1, (self.num_heads, self.nope + self.rope))
         q_nope_BTHP, q_rope_BTHR = q_BTHQ.split((self.nope, self.rope), dim=-1)
         return q_nope_BTHP, apply_rope(q_rope_BTHR, inputs.cos_BTR[:, :, None], inputs.sin_BTR[:, :, None])
@@ -133,8 +148,7 @@ class LatentAttention(nn.Module):
 
     def _absorbed(self, q_nope_BTHP: Tensor, q_rope_BTHR: Tensor, kept_BSC: Tensor, mask_BTS: Tensor | None) -> Tensor:
         batch, tokens = q_nope_BTHP.shape[:2]
-        up_HXL = self.kv_b_proj.weight.unflatten(0, (self.num_heads, self.nope + self.value))
-        up_key_HPL, up_value_HVL = up_HXL.split((self.nope, self.value), dim=1)
+        up_key_HPL, up_value_HVL = self._up()
         q_latent_HNL = torch.bmm(q_nope_BTHP.flatten(0, 1).transpose(0, 1), up_key_HPL)
         q_latent_BTHL = q_latent_HNL.transpose(0, 1).unflatten(0, (batch, tokens))
         q_BXC = torch.cat((q_latent_BTHL, q_rope_BTHR), dim=-1).flatten(1, 2)
@@ -149,6 +163,25 @@ class LatentAttention(nn.Module):
         out_HNL = out_BXL.unflatten(1, (tokens, self.num_heads)).flatten(0, 1).transpose(0, 1)
         out_HNV = torch.bmm(out_HNL, up_value_HVL.transpose(1, 2))
         return out_HNV.transpose(0, 1).flatten(1).unflatten(0, (batch, tokens))
+
+    def _up(self) -> tuple[Tensor, Tensor]:
+        """The latent's expansion to keys and to values, per head."""
+        up_HXL = self.kv_b_proj.weight.unflatten(0, (self.num_heads, self.nope + self.value))
+        up_key_HPL, up_value_HVL = up_HXL.split((self.nope, self.value), dim=1)
+        return up_key_HPL, up_value_HVL
+
+    def _in_tiles(
+        self, q_nope_BTHP: Tensor, q_rope_BTHR: Tensor, kept_BSC: Tensor, last_BT: Tensor, tiles: RowTiles
+    ) -> Tensor:
+        """`_absorbed` where no query's result depends on the others; `last_BT`: the last slot that each sees."""
+        up_key_HPL, up_value_HVL = self._up()
+        q_HNL = tiles.heads(q_nope_BTHP.flatten(0, 1).transpose(0, 1), up_key_HPL)
+        q_latent_BTHL = q_HNL.transpose(0, 1).unflatten(0, last_BT.shape)
+        q_BTHC = torch.cat((q_latent_BTHL, q_rope_BTHR), dim=-1)
+        out_BTHL = attend_in_tiles(q_BTHC, kept_BSC, last_BT, self.latent, self.scale, tiles)
+        out_HNL = out_BTHL.flatten(0, 1).transpose(0, 1)
+        out_HNV = tiles.heads(out_HNL, up_value_HVL.transpose(1, 2))
+        return out_HNV.transpose(0, 1).flatten(1).unflatten(0, last_BT.shape)
 
 
 def causal_mask(tokens: int, device: torch.device) -> Tensor:

@@ -22,6 +22,7 @@ from fireflyer.model.experts import Experts, Gate, Routing
 from fireflyer.model.mtp import MTPModule
 from fireflyer.model.norm import RMSNorm
 from fireflyer.model.rope import rope_amplitude, rope_cos_sin, rope_frequencies
+from fireflyer.model.row_tiles import RowTiles
 
 ABSORBED_UP_TO = 8
 """With a cache, calls of at most this many tokens run absorbed: beyond, expanding the latents once is cheaper."""
@@ -88,9 +89,9 @@ class Decoder(nn.Module):
         )
         return DecoderOutput(self.head(out.hidden_BTD), [self.head(hidden) for hidden in out.mtp_hidden])
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """(..., D) to (..., vocab); the one head that all depths share."""
-        return F.linear(hidden, self.head_weight)
+    def head(self, hidden: Tensor, tiles: RowTiles | None = None) -> Tensor:
+        """(..., D) to (..., vocab); the one head that all depths share. tiles: as `trunk` takes them."""
+        return F.linear(hidden, self.head_weight) if tiles is None else tiles.linear(hidden, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:
@@ -109,6 +110,7 @@ class Decoder(nn.Module):
         num_mtp: int | None = None,
         recompute: bool = False,
         groups: Sequence[AttentionGroup] | None = None,
+        tiles: RowTiles | None = None,
     ) -> TrunkOutput:
         """Hidden states before the head.
 
@@ -122,9 +124,13 @@ class Decoder(nn.Module):
             recompute: keep only each layer's input and run the layer again in the backward.
             groups: how the rows of a call (1, N) attend, for engines, which make them themselves: document_ids, cache,
                 form and num_mtp are then not given, and each row's position must be.
+            tiles: where given, each token's result has the same bits whatever is computed beside it: in any batch,
+                chunk or cache. For inference; `form` is not asked, and document_ids are not possible.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if tiles is not None and document_ids is not None:
+            raise ValueError("document_ids can't be combined with tiles: these are for inference")
         embeds_BTD = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         tokens = embeds_BTD.shape[1]
         if positions is None:
@@ -134,9 +140,9 @@ class Decoder(nn.Module):
             form = "absorbed" if cache is not None and tokens <= ABSORBED_UP_TO else "expanded"
         cos_sin = self._cos_sin(positions)
         if groups is None:
-            inputs = _attention_inputs(cos_sin, positions, document_ids, cache, form)
+            inputs = _attention_inputs(cos_sin, positions, document_ids, cache, form, tiles)
         else:
-            inputs, num_mtp = AttentionInputs(*cos_sin, tuple(groups)), 0
+            inputs, num_mtp = AttentionInputs(*cos_sin, tuple(groups), tiles), 0
 
         routing: list[Routing] = []
         hidden_BTD = embeds_BTD
@@ -158,6 +164,7 @@ class Decoder(nn.Module):
                 None if document_ids is None else document_ids[:, :rows],
                 cache,
                 form,
+                tiles,
             )
             previous = _run(module, recompute, routing, previous[:, :rows], embeds_BTD[:, depth:], shifted)
             mtp_hidden.append(previous)
@@ -170,6 +177,7 @@ class Decoder(nn.Module):
         next_ids_BT: Tensor,
         positions_BT: Tensor,
         groups: Sequence[AttentionGroup],
+        tiles: RowTiles | None = None,
     ) -> Tensor:
         """One MTP depth over the rows of an engine's call: hidden states after its norm, (1, N, D).
 
@@ -178,9 +186,9 @@ class Decoder(nn.Module):
             hidden_BTD: (1, N, D), the depth before's hidden states of tokens i; the main model's for depth 0.
             next_ids_BT: (1, N), the tokens i + depth + 1.
             positions_BT: (1, N), the positions i.
-            groups: as `trunk` takes them.
+            groups, tiles: as `trunk` takes them.
         """
-        inputs = AttentionInputs(*self._cos_sin(positions_BT), tuple(groups))
+        inputs = AttentionInputs(*self._cos_sin(positions_BT), tuple(groups), tiles)
         return self.model.mtp[depth](hidden_BTD, self.model.embed_tokens(next_ids_BT), inputs)[0]
 
     def _cos_sin(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,6 +222,7 @@ def _attention_inputs(
     document_ids_BT: Tensor | None,
     cache: LatentCache | None,
     form: Form,
+    tiles: RowTiles | None = None,
 ) -> AttentionInputs:
     mask_BTS, num_slots = None, positions_BT.shape[1]
     if cache is not None:
@@ -227,7 +236,7 @@ def _attention_inputs(
     elif document_ids_BT is not None:
         same_BTS = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
         mask_BTS = same_BTS & causal_mask(positions_BT.shape[1], positions_BT.device)
-    return AttentionInputs(*cos_sin, (AttentionGroup(positions_BT, mask_BTS, cache, num_slots, form),))
+    return AttentionInputs(*cos_sin, (AttentionGroup(positions_BT, mask_BTS, cache, num_slots, form),), tiles)
 
 
 def compile_trunk(model: Decoder) -> Callable[..., TrunkOutput]:

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fireflyer.config import ModelConfig
+from fireflyer.model.deterministic import routed_experts
 from fireflyer.model.norm import SwiGLU, swiglu
 from fireflyer.model.routing import expert_counts, gate_logits, route
+from fireflyer.model.row_tiles import RowTiles
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,9 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(num, hidden, width))
 
-    def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, tiles: RowTiles | None = None) -> Tensor:
+        if tiles is not None:
+            return routed_experts(x_ND, indices_NK, weights_NK, self.gate_up_proj, self.down_proj, tiles)
         if x_ND.shape[0] == 1 and x_ND.device.type == "cpu" and not torch.is_grad_enabled():
             return self._one_token(x_ND, indices_NK[0].tolist(), weights_NK)
         num_experts = self.gate_up_proj.shape[0]
@@ -160,12 +164,12 @@ class MoE(nn.Module):
             else None
         )
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x_BTD: Tensor, tiles: RowTiles | None = None) -> tuple[Tensor, Routing]:
         shape_BT = (x_BTD.shape[0], x_BTD.shape[1])
         x_ND = x_BTD.flatten(0, 1)
-        logits_NE = gate_logits(x_ND, self.gate.weight)
-        indices_NK, weights_NK, scores_NE = route(logits_NE, self.gate.e_score_correction_bias, self.config)
-        y_BTD = self.experts(x_ND, indices_NK, weights_NK).view_as(x_BTD)
+        logits_NE = gate_logits(x_ND, self.gate.weight, tiles)
+        indices_NK, weights_NK, scores_NE = route(logits_NE, self.gate.e_score_correction_bias, self.config, tiles)
+        y_BTD = self.experts(x_ND, indices_NK, weights_NK, tiles).view_as(x_BTD)
         if self.shared_experts is not None:
-            y_BTD = y_BTD + self.shared_experts(x_BTD)
+            y_BTD = y_BTD + self.shared_experts(x_BTD, tiles)
         return y_BTD, Routing(self.layer_index, scores_NE, indices_NK, shape_BT)

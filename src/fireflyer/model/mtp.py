@@ -16,6 +16,7 @@ from fireflyer.model.attention import AttentionInputs
 from fireflyer.model.block import Block
 from fireflyer.model.experts import Routing
 from fireflyer.model.norm import RMSNorm
+from fireflyer.model.row_tiles import linear
 
 
 class MTPModule(nn.Module):
@@ -32,5 +33,5 @@ class MTPModule(nn.Module):
     def forward(self, hidden_BTD: Tensor, embeds_BTD: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Routing | None]:
         """`hidden_BTD` of tokens i and `embeds_BTD` of tokens i+k, both (B, T-k, D); the hidden states after `norm`."""
         joined = torch.cat((self.enorm(embeds_BTD), self.hnorm(hidden_BTD)), dim=-1)
-        x_BTD, routing = self.block(self.eh_proj(joined), inputs)
+        x_BTD, routing = self.block(linear(self.eh_proj, joined, inputs.tiles), inputs)
         return self.norm(x_BTD), routing

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fireflyer.model.deterministic import swiglu_layer
+from fireflyer.model.row_tiles import RowTiles
+
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x over its root mean square, and what it was multiplied by; fp32."""
@@ -91,5 +94,7 @@ class SwiGLU(nn.Module):
         self.gate_up_proj = nn.Linear(hidden_size, 2 * width, bias=False)
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tiles: RowTiles | None = None) -> Tensor:
+        if tiles is not None:
+            return swiglu_layer(x, self.gate_up_proj.weight, self.down_proj.weight, tiles)
         return self.down_proj(swiglu(self.gate_up_proj(x)))

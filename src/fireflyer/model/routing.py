@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fireflyer.config import ModelConfig
+from fireflyer.model.deterministic import exact_sigmoid
+from fireflyer.model.row_tiles import RowTiles
 
 
 def stable_top_k(scores: Tensor, k: int) -> Tensor:
@@ -21,20 +23,26 @@ def stable_top_k(scores: Tensor, k: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
-def route(logits_NE: Tensor, gate_bias_E: Tensor | None, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+def route(
+    logits_NE: Tensor, gate_bias_E: Tensor | None, config: ModelConfig, tiles: RowTiles | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Choose experts.
 
     Args:
         logits_NE: (N, E) fp32, the gate's output.
         gate_bias_E: (E,) fp32, or None where the model has none (V2).
         config: its routing fields are read.
+        tiles: where given, no row of the result depends on the others.
 
     Returns:
         indices_NK: (N, K) int64, best first.
         weights_NK: (N, K) fp32, what each chosen expert's output is multiplied by.
         scores_NE: (N, E) fp32, the unbiased affinities.
     """
-    scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(-1)
+    if config.scoring_func == "sigmoid":
+        scores_NE = logits_NE.sigmoid() if tiles is None else exact_sigmoid(logits_NE)
+    else:
+        scores_NE = logits_NE.softmax(-1)
     with torch.no_grad():
         choice_NE = scores_NE if gate_bias_E is None else scores_NE + gate_bias_E
         if config.n_group > 1 and config.topk_method != "greedy":
@@ -109,7 +117,8 @@ def max_violation(counts_E: Tensor) -> float:
     return int(counts_E.max()) * counts_E.numel() / int(counts_E.sum()) - 1
 
 
-def gate_logits(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+def gate_logits(x_ND: Tensor, weight_ED: Tensor, tiles: RowTiles | None = None) -> Tensor:
     """(N, E) in fp32 whatever the model's dtype, under autocast too: a gate in bf16 chooses other experts."""
     with torch.autocast(x_ND.device.type, enabled=False):
-        return F.linear(x_ND.float(), weight_ED.float())
+        x_ND, weight_ED = x_ND.float(), weight_ED.float()
+        return F.linear(x_ND, weight_ED) if tiles is None else tiles.linear(x_ND, weight_ED)
