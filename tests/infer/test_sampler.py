@@ -95,6 +95,10 @@ def test_filters_follow_each_other():
     assert kept(logits, params) == naive_kept(logits, params)
     assert len(kept(logits, params)) == 2
     assert len(kept(logits, dataclasses.replace(params, top_k=0))) == 3
+    # Shares 0.5, 0.3, 0.1, 0.1: of the 0.8 that min-p leaves, the first token is more than 0.6.
+    logits = [math.log(share) for share in (0.5, 0.3, 0.1, 0.1)]
+    assert kept(logits, SamplingParams(min_p=0.5, top_p=0.6)) == {0}
+    assert kept(logits, SamplingParams(top_p=0.6)) == {0, 1}
 
 
 def test_equal_tokens_are_kept_by_id_and_no_more_than_asked():
@@ -251,6 +255,15 @@ def test_penalties_match_their_definitions(params, split):
         assert sampler_32([row], logits_1M)[0].token_id == expected.index(max(expected))
 
 
+def test_histories_of_many_distinct_tokens():
+    generator = torch.Generator().manual_seed(1)
+    answer = torch.randint(2000, (3000,), generator=generator).tolist()
+    state = state_of([5], answer, temperature=0, frequency_penalty=1.0, repetition_penalty=1.1)
+    logits_1V = random_logits(1, 2000, seed=10)
+    expected = naive_shaped(logits_1V[0].tolist(), [5], answer, state.params)
+    assert sample([SampleRow(state)], logits_1V) == [expected.index(max(expected))]
+
+
 def test_drafts_leave_no_trace():
     state = state_of([5], [1, 2], temperature=0, frequency_penalty=2.0, repetition_penalty=1.4)
     logits_1V = random_logits(1, 50, seed=8)
@@ -290,6 +303,7 @@ def test_logits_that_are_not_finite_end_their_own_row(value, params):
     assert sampled[1].token_id == -1
     assert "not finite" in (sampled[1].error or "")
     assert sampled[::2] == whole[::2]
+    assert Sampler(50)(rows[1:2], logits_RV[1:2]) == sampled[1:2]
 
 
 def test_uniforms_belong_to_seed_choice_and_position():
@@ -299,6 +313,7 @@ def test_uniforms_belong_to_seed_choice_and_position():
     assert all(0 <= value < 1 for value in stream)
     others = [SamplingState(SamplingParams(seed=11), choice=1), state_of(seed=12), state_of(seed=-11), state_of()]
     assert not {other.uniform(position) for other in others for position in range(6400)} & set(stream)
+    assert state_of().uniform(0) != state_of().uniform(0)
     cells = [0] * 64
     for value in stream:
         cells[int(value * 64)] += 1

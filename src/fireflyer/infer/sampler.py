@@ -53,7 +53,7 @@ def num_kept(falling_BK: Tensor, mass_BK: Tensor, min_p_B: Tensor, top_k_B: Tens
     (arXiv 1904.09751).
     """
     kept_B = torch.searchsorted(-falling_BK, -(falling_BK[:, 0] * min_p_B)[:, None], right=True)[:, 0]
-    kept_B = torch.where(top_k_B > 0, torch.minimum(kept_B, top_k_B), kept_B).clamp(min=1)
+    kept_B = torch.where(top_k_B > 0, torch.minimum(kept_B, top_k_B), kept_B)
     wanted_B1 = mass_BK.gather(-1, kept_B[:, None] - 1) * top_p_B[:, None]
     nucleus_B = torch.searchsorted(mass_BK, wanted_B1)[:, 0] + 1
     return torch.where(top_p_B < 1, torch.minimum(kept_B, nucleus_B), kept_B)
@@ -94,8 +94,8 @@ def draw_filtered(probabilities_BV: Tensor, params: Sequence[SamplingParams], un
 
 def _invert(mass_BK: Tensor, total_B: Tensor, uniform_B: Tensor) -> Tensor:
     """Where the running sums of each row pass uniform_B of `total_B`; never at a place that adds nothing."""
-    point_B = torch.minimum(uniform_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
-    return torch.searchsorted(mass_BK, point_B[:, None], right=True)[:, 0].clamp(max=mass_BK.shape[-1] - 1)
+    # A number below 1 is below it by 2**-53 at least, so the product never rounds up to the total.
+    return torch.searchsorted(mass_BK, (uniform_B * total_B)[:, None], right=True)[:, 0]
 
 
 def _falling(values_BV: Tensor, count: int) -> Tensor:
