@@ -77,10 +77,12 @@ class SlurmCluster:
         return [p.pid for p in all_processes() if _read(p.pid, "cmdline").startswith(b"slurmstepd: [")]
 
     def _node_of(self, step: int) -> str | None:
-        for pid in descendants(step):
-            variables = _read(pid, "environ").split(b"\0")
-            if f"SLURM_CONF={self.conf}".encode() in variables:
-                return next((v[16:].decode() for v in variables if v.startswith(b"SLURMD_NODENAME=")), None)
+        """By the log that it writes; None: it is of another Slurm."""
+        for link in (Path("/proc") / str(step) / "fd").iterdir():
+            with suppress(OSError):
+                log = link.readlink()
+                if log.parent == self.folder / "log" and log.name.startswith("slurmd-"):
+                    return log.stem.removeprefix("slurmd-")
         return None
 
     def run(self, program: str, *arguments: str) -> str:

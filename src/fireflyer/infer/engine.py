@@ -25,6 +25,7 @@ from fireflyer.infer.speculative import Drafter
 from fireflyer.infer.stats import EngineStats
 from fireflyer.model.decoder import Decoder
 from fireflyer.model.experts import Routing
+from fireflyer.model.row_tiles import RowTiles
 from fireflyer.text.tokenizer import Tokenizer
 
 _MEMORY_SHARE = 0.4
@@ -67,7 +68,7 @@ class Engine:
         self._vocab_size = config.vocab_size if tokenizer is None else tokenizer.vocab_size
         self._sampler = Sampler(self._vocab_size, tokenizer)
         self._num_drafts = num_drafts
-        self._runner = ModelRunner(model, cache)
+        self._runner = ModelRunner(model, cache, RowTiles() if options.deterministic else None)
         self._requests: dict[str, Request] = {}
         self._stats = EngineStats(blocks_total=num_blocks - 1)
         self._start_over()

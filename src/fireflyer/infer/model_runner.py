@@ -20,6 +20,7 @@ from fireflyer.infer.paged_cache import PagedCache
 from fireflyer.infer.scheduler import Span
 from fireflyer.model.attention import AttentionGroup
 from fireflyer.model.decoder import Decoder, TrunkOutput
+from fireflyer.model.row_tiles import RowTiles
 
 _PADDING_ALLOWED = 64
 """Slots that a sequence of a group may be padded by, however short it is; beyond, by its own length at most."""
@@ -36,11 +37,11 @@ class Batch:
 
 
 class ModelRunner:
-    """A decoder and the cache of its sequences."""
+    """A decoder and the cache of its sequences. tiles: for results that don't depend on the other rows of a step."""
 
-    def __init__(self, model: Decoder, cache: PagedCache) -> None:
+    def __init__(self, model: Decoder, cache: PagedCache, tiles: RowTiles | None = None) -> None:
         self.device = model.head_weight.device
-        self._model, self._cache = model, cache
+        self._model, self._cache, self._tiles = model, cache, tiles
         self._absorbed_up_to = absorbed_up_to(model.config)
 
     def batch(self, spans: Iterable[Span]) -> Batch:
@@ -65,16 +66,17 @@ class ModelRunner:
     def trunk(self, batch: Batch, token_ids: Sequence[int]) -> TrunkOutput:
         """The main model over the batch's rows: hidden states (1, N, D) after the last norm, and the routing."""
         ids_1N = torch.tensor([token_ids], device=self.device)
-        return self._model.trunk(ids_1N, positions=batch.positions_1N, groups=batch.groups)
+        return self._model.trunk(ids_1N, positions=batch.positions_1N, groups=batch.groups, tiles=self._tiles)
 
     def mtp(self, depth: int, batch: Batch, hidden_ND: Tensor, next_ids: Sequence[int]) -> Tensor:
         """MTP depth `depth` (from 0) over the batch's rows: (N, D)."""
         ids_1N = torch.tensor([next_ids], device=self.device)
-        return self._model.mtp_step(depth, hidden_ND[None], ids_1N, batch.positions_1N, batch.groups)[0]
+        groups, tiles = batch.groups, self._tiles
+        return self._model.mtp_step(depth, hidden_ND[None], ids_1N, batch.positions_1N, groups, tiles)[0]
 
     def logits(self, hidden_XD: Tensor) -> Tensor:
         """(X, V)"""
-        return self._model.head(hidden_XD)
+        return self._model.head(hidden_XD, self._tiles)
 
     def _group(self, spans: list[Span]) -> AttentionGroup:
         size, rows = self._cache.block_size, spans[0].num_rows
