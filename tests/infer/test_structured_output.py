@@ -1,23 +1,26 @@
 """Structured output: whatever a random model wants, the text is valid, as jsonschema_rs, `json` and `re` see it."""
 
 import json
-import math
 import os
 import re
-import sys
 
 import numpy as np
 import pytest
 import torch
+from grammar_masks import PLAIN, accepts, allowed_after, schema_format
 
 from fireflyer.errors import UserError
-from fireflyer.infer import structured_output
+from fireflyer.infer.llm import LLM
+from fireflyer.infer.options import EngineOptions
 from fireflyer.infer.sampler import Sampler
 from fireflyer.infer.sampling_params import SamplingParams
 from fireflyer.infer.sampling_state import SampleRow, SamplingState
 from fireflyer.infer.structured_output import GrammarCompiler
+from fireflyer.text.dialects import detect_dialect
+from fireflyer.text.parsers import parse_reply
 from fireflyer.text.special_tokens import ASSISTANT, BEGIN, THINK_BEGIN, THINK_END, USER
 from fireflyer.text.tokenizer import Tokenizer
+from fireflyer.text.tool_grammar import tool_grammar
 
 pytest.importorskip("llguidance")
 
@@ -27,12 +30,7 @@ def compiler(tokenizer) -> GrammarCompiler:
     return GrammarCompiler(tokenizer, [tokenizer.eos_id])
 
 
-PLAIN = [0]
-"""A prompt whose answer does not think: the begin token alone."""
-
-
-def schema_format(schema):
-    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+FORM = {"type": "regex", "pattern": "yes|no"}
 
 
 class Writer:
@@ -172,132 +170,6 @@ def test_other_forms(compiler, tokenizer, response_format, pattern):
     assert len(ended) >= 2
 
 
-def accepts(compiler, response_format, text):
-    """Whether the whole text, and then the end, is allowed token by token."""
-    tokenizer = compiler.tokenizer
-    state = compiler.start(response_format, PLAIN)
-    for token in [*tokenizer.encode(text), tokenizer.eos_id]:
-        if not allowed_after(state)[token]:
-            return False
-        state.commit(token)
-    return True
-
-
-def allowed_after(state, *drafts):
-    """Booleans by token id."""
-    size = state._compiler.tokenizer.vocab_size
-    words = np.zeros((1, (size + 31) // 32), dtype=np.uint32)
-    (error,) = state.fill(words, [drafts])
-    assert error is None
-    return np.unpackbits(words.view(np.uint8), count=size, bitorder="little").astype(bool)
-
-
-def allowed_tokens(state, *drafts):
-    return np.flatnonzero(allowed_after(state, *drafts)).tolist()
-
-
-@pytest.mark.parametrize(
-    ("schema", "wrong"),
-    [
-        ({"type": "integer"}, "1.5"),
-        ({"enum": [1, 2]}, "3"),
-        ({"const": "a"}, '"b"'),
-        ({"type": "string", "minLength": 3}, '"ab"'),
-        ({"type": "string", "maxLength": 1}, '"ab"'),
-        ({"type": "string", "pattern": "^a+$"}, '"b"'),
-        ({"type": "string", "format": "date"}, '"2024-13-01"'),
-        ({"type": "string", "format": "weird"}, '"x"'),
-        ({"type": "number", "minimum": 2}, "1.9"),
-        ({"type": "number", "maximum": 2}, "2.1"),
-        ({"type": "number", "exclusiveMinimum": 2}, "2.0"),
-        ({"type": "number", "exclusiveMaximum": 2}, "2"),
-        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "0"),
-        ({"type": "number", "minimum": -0.5, "exclusiveMaximum": 0}, "-0"),
-        ({"items": [{"type": "number", "minimum": 0, "exclusiveMinimum": True, "maximum": 0.5}]}, "[0]"),
-        ({"type": "number", "multipleOf": 0.5}, "0.3"),
-        ({"type": "array", "minItems": 1}, "[]"),
-        ({"type": "array", "maxItems": 1}, "[1,2]"),
-        ({"type": "array", "items": {"type": "null"}}, "[1]"),
-        ({"type": "array", "prefixItems": [{"type": "null"}]}, "[1]"),
-        ({"type": "array", "uniqueItems": True}, "[1,1]"),
-        ({"type": "array", "contains": {"const": 1}}, "[2]"),
-        ({"type": "array", "contains": {"const": 1}, "maxContains": 1}, "[1,1]"),
-        ({"type": "array", "unevaluatedItems": False}, "[1]"),
-        ({"type": "array", "items": [{"type": "null"}], "additionalItems": False}, "[null,1]"),
-        ({"type": "object", "required": ["a"]}, "{}"),
-        ({"type": "object", "minProperties": 1}, "{}"),
-        ({"type": "object", "maxProperties": 0}, '{"a":1}'),
-        ({"type": "object", "properties": {"a": {"type": "null"}}}, '{"a":1}'),
-        ({"type": "object", "patternProperties": {"a": {"type": "null"}}}, '{"a":1}'),
-        ({"type": "object", "additionalProperties": False}, '{"a":1}'),
-        ({"type": "object", "propertyNames": {"maxLength": 1}}, '{"ab":1}'),
-        ({"type": "object", "unevaluatedProperties": False}, '{"a":1}'),
-        ({"type": "object", "dependentRequired": {"a": ["b"]}}, '{"a":1}'),
-        ({"type": "object", "dependentSchemas": {"a": {"required": ["b"]}}}, '{"a":1}'),
-        ({"type": "object", "dependencies": {"a": ["b"]}}, '{"a":1}'),
-        ({"not": {"type": "null"}}, "null"),
-        ({"if": {"type": "string"}, "then": {"maxLength": 1}}, '"ab"'),
-        ({"allOf": [{"type": "integer"}, {"minimum": 3}]}, "2"),
-        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "true"),
-        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "1"),
-        ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "null"}}}, "1"),
-        ({"$dynamicRef": "#a", "$defs": {"a": {"$dynamicAnchor": "a", "type": "null"}}}, "1"),
-        ({"x-guidance": {"lenient": True}, "not": {"type": "null"}}, "null"),
-        ({"x-guidance": {"coerce_one_of": True}, "oneOf": [{"type": "integer"}, {"type": "number"}]}, "1"),
-    ],
-    ids=str,
-)
-def test_each_keyword_is_kept_or_refused(compiler, schema, wrong):
-    """Never ignored: a text that breaks the keyword can't be written, or the schema is refused."""
-    try:
-        accepted = accepts(compiler, schema_format(schema), wrong)
-    except UserError:
-        accepted = False
-    assert not accepted
-
-
-@pytest.mark.parametrize(
-    ("response_format", "complaint"),
-    [
-        (schema_format({"type": "foo"}), "foo"),
-        (schema_format({"type": "object", "propertyNames": {"maxLength": 1}}), "propertyNames"),
-        (schema_format({"$ref": "https://example.org/schema"}), "example.org"),
-        (schema_format({"enum": []}), "Unsatisfiable"),
-        (schema_format({"type": "string", "pattern": "(?=a)b"}), "look-around"),
-        (schema_format(json.loads('{"items":' * 200 + "{}" + "}" * 200)), "recursion"),
-        ({"type": "regex", "pattern": "a(b"}, "unclosed group"),
-        ({"type": "regex", "pattern": r"(a)\1"}, "backreferences"),
-        ({"type": "grammar", "grammar": 'start: "a" | other'}, "other"),
-        ({"type": "grammar", "grammar": "begin: /a/"}, "start"),
-        ({"type": "grammar", "grammar": "start: A\nA: /a/ & /b/"}, "no text"),
-        ({"type": "grammar", "grammar": 'start: %json {"x-guidance": {"lenient": true}, "not": {}}'}, '["not"]'),
-        ({"type": "grammar", "grammar": "start: <nosuch>"}, "special token"),
-        ({"type": "choice", "choices": ["\ud800"]}, "can't be used"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value["type"],
-)
-def test_what_makes_no_sense_is_refused_in_one_line(compiler, response_format, complaint):
-    response_format = SamplingParams(response_format=response_format).response_format
-    with pytest.raises(UserError, match="response_format") as error:
-        compiler.start(response_format, PLAIN)
-    assert complaint in str(error.value)
-    assert "\n" not in str(error.value)
-    assert "1 | start" not in str(error.value)  # where llguidance shows the source
-    assert len(str(error.value)) < 400
-
-
-def test_grammars_are_kept(tokenizer, monkeypatch):
-    compiler = GrammarCompiler(tokenizer, [])
-    calls = []
-    compiled = structured_output._compiled
-    monkeypatch.setattr(structured_output, "_compiled", lambda *args: calls.append(args) or compiled(*args))
-    monkeypatch.setattr(structured_output, "_KEPT_GRAMMARS", 2)
-    formats = [{"type": "regex", "pattern": f"kept{number}"} for number in range(3)]
-    for number in (0, 1, 0, 2, 0, 1):
-        compiler.start(formats[number], PLAIN)
-    assert [args[0]["pattern"][-1] for args in calls] == ["0", "1", "2", "1"]
-
-
 def test_the_end_comes_only_where_the_form_is_complete(compiler, tokenizer):
     """Every end token, and none before; a finished form allows nothing else; min_tokens and ignore_eos can't be had."""
     also_end = tokenizer.special_id(USER)
@@ -312,78 +184,6 @@ def test_the_end_comes_only_where_the_form_is_complete(compiler, tokenizer):
     for field in ({"min_tokens": 2}, {"ignore_eos": True}):
         with pytest.raises(UserError, match="can't be used with response_format"):
             SamplingParams(response_format={"type": "json_object"}, **field)
-
-
-FORM = {"type": "regex", "pattern": "yes|no"}
-
-
-def first_letters(tokenizer, token_ids):
-    return {tokenizer.token_text(token)[0] for token in token_ids}
-
-
-def test_the_form_begins_after_thinking_that_the_prompt_opened(compiler, tokenizer):
-    prompt = [tokenizer.special_id(BEGIN), tokenizer.special_id(ASSISTANT), tokenizer.special_id(THINK_BEGIN)]
-    state = compiler.start(FORM, [*prompt, *tokenizer.encode("\n")])
-    end = tokenizer.special_id(THINK_END)
-    for drafts in ([], tokenizer.encode("hm, </thin"), tokenizer.encode("yes")):
-        allowed = allowed_after(state, *drafts)
-        assert not allowed[tokenizer.eos_id]
-        assert allowed.sum() == tokenizer.vocab_size - 1
-    assert first_letters(tokenizer, allowed_tokens(state, *tokenizer.encode("hm"), end)) == {"y", "n"}
-    # Drafts move nothing; the same tokens committed do.
-    assert allowed_after(state).sum() == tokenizer.vocab_size - 1
-    for token in [*tokenizer.encode("hm"), end, *tokenizer.encode("no")]:
-        state.commit(token)
-    assert allowed_tokens(state) == [tokenizer.eos_id]
-
-
-def test_thinking_spelled_out_ends_too(compiler, tokenizer):
-    """Where </think> comes letter by letter, as from a tokenizer that has no such token."""
-    state = compiler.start(FORM, [tokenizer.special_id(ASSISTANT), tokenizer.special_id(THINK_BEGIN)])
-    spelled = tokenizer.encode("well </think>")
-    assert tokenizer.special_id(THINK_END) not in spelled
-    for token in spelled[:-1]:
-        state.commit(token)
-    assert allowed_after(state).sum() == tokenizer.vocab_size - 1
-    state.commit(spelled[-1])
-    assert first_letters(tokenizer, allowed_tokens(state)) == {"y", "n"}
-
-
-@pytest.mark.parametrize(
-    ("text", "follows", "error"),
-    [(">", "yn", None), (">\n\n", "yn", None), (">no", "<", None), (">x", "", "after </think>")],
-)
-def test_one_token_may_hold_the_end_of_thinking_and_the_start_of_the_form(text, follows, error):
-    tokenizer = Tokenizer.train([f"</think{text}"] * 50 + ["yes no"], vocab_size=290)
-    long_token = tokenizer.encode(f"</think{text}")
-    state = GrammarCompiler(tokenizer, []).start(
-        FORM, [tokenizer.special_id(ASSISTANT), tokenizer.special_id(THINK_BEGIN)]
-    )
-    for token in long_token:
-        state.commit(token)
-    if error is None:
-        assert first_letters(tokenizer, allowed_tokens(state)) == set(follows)
-    else:
-        (sampled,) = Sampler(tokenizer.vocab_size)(
-            [SampleRow(SamplingState(SamplingParams(temperature=0), grammar=state))],
-            torch.zeros(1, tokenizer.vocab_size),
-        )
-        assert error in (sampled.error or "")
-
-
-def test_a_model_may_open_thinking_with_its_first_token(compiler, tokenizer):
-    """In a chat whose prompt left it open; not in a plain text, not after a prompt that closed it, not later."""
-    think, end = tokenizer.special_id(THINK_BEGIN), tokenizer.special_id(THINK_END)
-    assistant = [tokenizer.special_id(USER), *tokenizer.encode("hi"), tokenizer.special_id(ASSISTANT)]
-    state = compiler.start(FORM, assistant)
-    assert first_letters(tokenizer, allowed_tokens(state)) == {"y", "n", "<"}
-    assert allowed_after(state)[think]
-    assert allowed_after(state, think).sum() == tokenizer.vocab_size - 1
-    assert not allowed_after(state, think, end)[think]
-    (y,) = tokenizer.encode("y")
-    assert not allowed_after(state, y)[think]
-    for prompt in ([*assistant, end], tokenizer.encode("a plain text"), [*assistant, think, end]):
-        assert not allowed_after(compiler.start(FORM, prompt))[think]
 
 
 def test_a_row_after_drafts_that_the_form_refuses_is_no_error(compiler, tokenizer):
@@ -501,45 +301,66 @@ def test_the_published_tokenizer():
         assert json.loads(tokenizer.decode(tokens)).keys() == PERSON["properties"].keys()
 
 
-def test_a_missing_library_is_told(tokenizer, monkeypatch):
-    monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(UserError, match=r"pip install 'fireflyer\[serve\]'"):
-        GrammarCompiler(tokenizer, [])
+def test_calls_of_tools_that_parse(compiler, tokenizer):
+    """The grammar that a tool_choice asks for, with the dialect's marks as control tokens."""
+    dialect = detect_dialect(tokenizer.chat_template)
+    tools = [{"type": "function", "function": {"name": "look", "parameters": PERSON}}]
+    response_format = {"type": "grammar", "grammar": tool_grammar(dialect, tools, "required")}
+    prompt = [tokenizer.special_id(USER), *tokenizer.encode("hi"), tokenizer.special_id(ASSISTANT)]
+    calls = 0
+    for seed in range(4):
+        state = SamplingState(
+            SamplingParams(seed=seed, response_format=response_format), grammar=compiler.start(response_format, prompt)
+        )
+        tokens = write(Writer(tokenizer, seed), Sampler(tokenizer.vocab_size), state, tokenizer.eos_id)
+        if tokens[-1] == tokenizer.eos_id:
+            reply = parse_reply(dialect, tokenizer.decode(prompt, skip_special=False), tokenizer.decode(tokens), tools)
+            assert reply.content == ""
+            assert all(json.loads(call.arguments).keys() == PERSON["properties"].keys() for call in reply.tool_calls)
+            calls += len(reply.tool_calls)
+    assert calls > 0
 
 
-@pytest.mark.parametrize(
-    ("value", "named"),
-    [
-        ("json", "must be an object"),
-        ({}, "type None"),
-        ({"type": "yaml"}, "json_schema"),
-        ({"type": ["regex"]}, "regex"),
-        ({"type": "json_object", "schema": {}}, "'schema'"),
-        ({"type": "json_schema"}, "no json_schema"),
-        ({"type": "json_schema", "json_schema": []}, "json_schema"),
-        ({"type": "json_schema", "json_schema": {"name": "x"}}, "no schema"),
-        ({"type": "json_schema", "json_schema": {"schema": "x"}}, "must be an object"),
-        ({"type": "json_schema", "json_schema": {"schema": False}}, "must be an object"),
-        ({"type": "json_schema", "json_schema": {"schema": {}, "strict": 1}}, "strict"),
-        ({"type": "json_schema", "json_schema": {"schema": {}, "name": 1}}, "name"),
-        ({"type": "json_schema", "json_schema": {"schema": {"const": math.nan}}}, "no JSON"),
-        ({"type": "json_schema", "json_schema": {"schema": {"const": {1, 2}}}}, "no JSON"),
-        ({"type": "regex", "pattern": 7}, "pattern"),
-        ({"type": "regex", "pattern": ""}, "pattern"),
-        ({"type": "choice", "choices": "ab"}, "choices"),
-        ({"type": "choice", "choices": []}, "choices"),
-        ({"type": "choice", "choices": ["a", ""]}, "choices"),
-        ({"type": "grammar", "grammar": None}, "grammar"),
-    ],
-)
-def test_a_response_format_of_another_shape_is_refused(value, named):
-    with pytest.raises(UserError, match="response_format") as error:
-        SamplingParams(response_format=value)
-    assert named in str(error.value)
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_in_the_engine(make_model, tokenizer, temperature):
+    """A model with MTP: the same with drafts as without, two answers of one prompt, beside requests without a form."""
+    model = make_model("V3", num_nextn_predict_layers=1)
+    params = [
+        SamplingParams(n=2, temperature=temperature, seed=3, max_tokens=60, response_format=schema_format(PERSON)),
+        SamplingParams(temperature=temperature, seed=4, max_tokens=20, logprobs=1),
+        SamplingParams(temperature=temperature, seed=5, max_tokens=60, response_format=FORM, frequency_penalty=0.5),
+        SamplingParams(temperature=temperature, seed=6, max_tokens=3, response_format=schema_format(PERSON)),
+    ]
+    texts = []
+    for drafts in (0, 1, 3):
+        llm = LLM.from_model(model, tokenizer, options=EngineOptions(num_speculative_tokens=drafts, deterministic=True))
+        outputs = llm.generate(["the fox"] * len(params), params)
+        texts.append([answer.text for output in outputs for answer in output.outputs])
+        for answer in outputs[0].outputs:
+            if answer.finish_reason == "stop":
+                assert json.loads(answer.text).keys() == PERSON["properties"].keys()
+        assert outputs[2].outputs[0].text in ("yes", "no")
+        assert (outputs[2].outputs[0].finish_reason, outputs[3].outputs[0].finish_reason) == ("stop", "length")
+    assert texts[0] == texts[1] == texts[2]
 
 
-def test_response_formats_of_the_right_shape():
-    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}, "strict": None}}
-    assert SamplingParams(response_format=schema).response_format == schema
-    assert SamplingParams(response_format={"type": "text"}).response_format is None
-    assert SamplingParams().response_format is None
+def test_a_form_that_fails_ends_one_request_of_the_engine(make_model, tokenizer, monkeypatch):
+    start = GrammarCompiler.start
+
+    def broken(self, response_format, prompt_token_ids=()):
+        state = start(self, response_format, prompt_token_ids)
+        state.error = "broken" if response_format["type"] == "choice" else None
+        return state
+
+    monkeypatch.setattr(GrammarCompiler, "start", broken)
+    forms = [FORM, {"type": "choice", "choices": ["yes"]}, None]
+    params = [SamplingParams(temperature=0, max_tokens=9, response_format=form) for form in forms]
+    good, bad, free = LLM.from_model(make_model("V3"), tokenizer).generate(["the fox"] * 3, params)
+    assert (bad.outputs[0].finish_reason, bad.outputs[0].error) == ("error", "broken")
+    assert good.outputs[0].text in ("yes", "no")
+    assert free.outputs[0].finish_reason in ("length", "stop")
+
+
+def test_without_a_tokenizer_there_is_no_form(make_model):
+    with pytest.raises(UserError, match=r"tokenizer\.json.*response_format"):
+        LLM.from_model(make_model("V3")).generate([1, 2], SamplingParams(response_format=FORM))

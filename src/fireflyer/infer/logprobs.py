@@ -79,8 +79,7 @@ def _part(
         entries = {token_id: entry(own[row], ranks[row], token_id)}
         for place in range(counts[row]):
             top_id = top_ids[row][place]
-            if top_id != token_id:
-                entries[top_id] = entry(top_values[row][place], place + 1, top_id)
+            entries[top_id] = entry(top_values[row][place], place + 1, top_id)
         answer.append(entries)
     return answer
 
