@@ -134,6 +134,6 @@ def test_the_compiler_takes_the_trunk(tiny, ids, monkeypatch):
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: real(function, backend="eager"))
     out = compile_trunk(model)(ids(2, 12))
-    assert torch.equal(out.hidden_BTD, expected)
+    torch.testing.assert_close(out.hidden_BTD, expected, rtol=1e-5, atol=1e-5)  # rotations are rounded another way
     out.hidden_BTD.sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if name != "lm_head.weight")

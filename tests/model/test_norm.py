@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fireflyer.model.norm import RMSNorm, SwiGLU, swiglu
+from fireflyer.model.norm import RMSNorm, SwiGLU, swiglu, weighted_swiglu
 
 
 def plain_norm(x, weight, eps):
@@ -88,6 +88,28 @@ def test_swiglu_equals_the_composed_form(dtype, shape):
 def test_swiglu_gradient_in_float64():
     gate_up = torch.randn(3, 8, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
     assert torch.autograd.gradcheck(swiglu, gate_up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weighted_swiglu_equals_the_composed_form(dtype):
+    generator = torch.Generator().manual_seed(0)
+    gate_up, weight, grad = (torch.randn(shape, generator=generator).to(dtype) for shape in ((5, 16), (5,), (5, 8)))
+    results = []
+    for form in (weighted_swiglu, lambda x, w: plain_swiglu(x) * w[:, None]):
+        inputs = [tensor.clone().requires_grad_() for tensor in (gate_up, weight)]
+        out = form(*inputs)
+        results.append([out, *torch.autograd.grad(out, inputs, grad)])
+        with torch.no_grad():
+            assert torch.equal(form(*inputs), out)
+    for own, composed in zip(*results, strict=True):
+        tolerance = 1e-5 if dtype == torch.float32 else 0.06
+        torch.testing.assert_close(own, composed, rtol=tolerance, atol=tolerance)
+
+
+def test_weighted_swiglu_gradient_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(n, dtype=torch.float64, generator=generator).requires_grad_() for n in ((3, 8), (3,))]
+    assert torch.autograd.gradcheck(weighted_swiglu, inputs)
 
 
 def test_swiglu_takes_inputs_and_gradients_that_are_not_contiguous():

@@ -177,3 +177,16 @@ def test_only_differences_of_positions_matter(tiny, ids):
         stretched = model(ids(2, 40), positions=2 * positions).logits
     torch.testing.assert_close(there, here, rtol=0, atol=1e-4)
     assert (stretched - here).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("start", [2, 3])
+def test_training_rotates_as_decoding_does(start):
+    """With gradients by complex products, wherever the slice begins; without them by real ones."""
+    wide = torch.randn(2, 5, start + 8, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    angles = torch.arange(4.0).expand(2, 5, 4)
+    decoded = apply_rope(wide[..., start:], angles.cos(), angles.sin())
+    trained = apply_rope(wide.requires_grad_()[..., start:], angles.cos(), angles.sin())
+    torch.testing.assert_close(trained, decoded, rtol=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(trained, wide, grad_outputs=decoded)
+    # Rotating back what was rotated gives the vector itself.
+    torch.testing.assert_close(gradient[..., start:], wide.detach()[..., start:], rtol=1e-5, atol=1e-6)

@@ -22,13 +22,13 @@ def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps the normed rows: the backward then needs one product and one matrix-vector product for both sums."""
+    """Its backward is layer norm's own kernel told that the mean is 0, plus the one term in which the two differ."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         normed, inverse = _normed(x, eps)
-        ctx.save_for_backward(normed, weight, inverse)
-        return normed.to(x.dtype) * weight
+        ctx.save_for_backward(x, weight, inverse)
+        return normed.mul_(weight) if normed.dtype == x.dtype else normed.to(x.dtype) * weight
 
     @staticmethod
     @once_differentiable  # a second derivative would take `inverse` for a constant
@@ -36,13 +36,15 @@ class _RMSNorm(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor, Tensor, None]:
         (grad,) = grads
-        normed, weight, inverse = ctx.saved_tensors
-        wide = grad.float()
-        product = wide * normed
-        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
-        mean = torch.matmul(product, weight.float()).mul_(1 / normed.shape[-1]).unsqueeze(-1)
-        grad_x = (wide * weight).addcmul_(normed, mean, value=-1).mul_(inverse)
-        return grad_x.to(grad.dtype), grad_weight, None
+        x, weight, inverse = ctx.saved_tensors
+        width = [x.shape[-1]]
+        wide, wide_weight = grad.to(inverse.dtype).contiguous(), weight.to(inverse.dtype)
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            wide, x.to(inverse.dtype), width, torch.zeros_like(inverse), inverse, wide_weight, None, [True, True, False]
+        )
+        # Layer norm also takes off the mean of the gradient, since it has taken off the mean of x; this gives it back.
+        mean = torch.matmul(wide, wide_weight).mul_(1 / width[0]).unsqueeze(-1)
+        return grad_x.add_(mean.mul_(inverse)).to(grad.dtype), grad_weight.to(weight.dtype), None
 
 
 class RMSNorm(nn.Module):
@@ -84,6 +86,42 @@ def swiglu(gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
     return _SwiGLU.apply(gate_up)
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up_MJ: Tensor, weight_M: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up_MJ, weight_M)
+        gate, up = gate_up_MJ.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up).mul_(weight_M[:, None])
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        (grad,) = grads
+        gate_up_MJ, weight_M = ctx.saved_tensors
+        gate, up = gate_up_MJ.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up_MJ)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        by_up = grad * up
+        silu = F.silu(gate)
+        grad_weight_M = torch.bmm(by_up[:, None], silu[:, :, None])[:, 0, 0]
+        torch.ops.aten.silu_backward.grad_input(by_up.mul_(weight_M[:, None]), gate, grad_input=grad_gate)
+        torch.mul(silu.mul_(weight_M[:, None]), grad, out=grad_up)
+        return grad_gate_up, grad_weight_M
+
+
+def weighted_swiglu(gate_up_MJ: Tensor, weight_M: Tensor) -> Tensor:
+    """silu(gate) · up · weight, one weight a row: (M, 2I) and (M,) in, (M, I) out; the backward keeps only its inputs.
+
+    What comes out of the matrix product after it is weighted too, and only the narrow rows were touched.
+    """
+    if not torch.is_grad_enabled():
+        gate, up = gate_up_MJ.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up).mul_(weight_M[:, None])
+    return _WeightedSwiGLU.apply(gate_up_MJ, weight_M)
 
 
 class SwiGLU(nn.Module):

@@ -129,12 +129,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
             valid_N1 = (labels != NO_LABEL)[:, None]
             target_N1 = labels.clamp(min=0)[:, None]
             with torch.autocast(hidden_ND.device.type, enabled=False):
-                logits_NV = (x_ND @ weight_VD.T).to(exact)
-                log_z_N1 = logits_NV.logsumexp(-1, keepdim=True)
-                total += ((log_z_N1 - logits_NV.gather(1, target_N1)) * valid_N1).sum()
+                log_p_NV = (x_ND @ weight_VD.T).log_softmax(-1, dtype=exact)
+                total -= (log_p_NV.gather(1, target_N1) * valid_N1).sum()
                 if grad_hidden_ND is None or grad_weight_VD is None:
                     continue
-                grad_NV = logits_NV.sub_(log_z_N1).exp_()
+                grad_NV = log_p_NV.exp_()
                 grad_NV.scatter_add_(1, target_N1, grad_NV.new_full((), -1.0).expand_as(target_N1)).mul_(valid_N1)
                 narrow_NV = grad_NV.to(hidden_ND.dtype)
                 torch.mm(narrow_NV, weight_VD, out=grad_hidden_ND[rows])
