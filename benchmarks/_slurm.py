@@ -27,9 +27,12 @@ def missing() -> str | None:
 
 
 class SlurmCluster:
-    """Nodes n1, n2, ... with one processor each, in zones given by letters: SlurmCluster(path, zones="aab")."""
+    """Nodes n1, n2, ... with one processor each, in zones given by letters: SlurmCluster(path, zones="aab").
 
-    def __init__(self, folder: Path, zones: str = "a") -> None:
+    scheduler: its SchedulerParameters. By default batch jobs wait for up to 3 s after a node has become free.
+    """
+
+    def __init__(self, folder: Path, zones: str = "a", scheduler: str = "batch_sched_delay=0") -> None:
         self.folder = folder
         self.names = [f"n{number}" for number in range(1, len(zones) + 1)]
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -40,7 +43,7 @@ class SlurmCluster:
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
         self.conf = folder / "etc" / "slurm.conf"
-        self.conf.write_text(self._conf(zones))
+        self.conf.write_text(self._conf(zones, scheduler))
 
     def start(self) -> None:
         """Everything up, every node idle."""
@@ -119,7 +122,7 @@ class SlurmCluster:
         daemon.send_signal(number)
         daemon.wait(timeout=20)
 
-    def _conf(self, zones: str) -> str:
+    def _conf(self, zones: str, scheduler: str) -> str:
         host = socket.gethostname().partition(".")[0]
         controller, *ports = _free_ports(1 + len(zones))
         nodes = "".join(
@@ -130,6 +133,13 @@ class SlurmCluster:
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
+SlurmctldDebug=debug
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
+SlurmdDebug=debug
+DebugFlags=Steps
+LogTimeFormat=iso8601_ms
 SlurmctldPort={controller}
 AuthType=auth/munge
 AuthInfo=socket={self.folder}/munge.sock
@@ -143,10 +153,10 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/linear
 ReturnToService=2
-SlurmdTimeout=6
+SlurmdTimeout=4
 KillWait=2
 MpiDefault=none
-MessageTimeout=3
+MessageTimeout=2
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 {nodes}PartitionName=main Nodes={",".join(self.names)} Default=YES State=UP OverSubscribe=EXCLUSIVE MaxTime=INFINITE

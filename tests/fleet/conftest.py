@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks._slurm import SlurmCluster, missing
+from fireflyer.fleet import local
+from fireflyer.fleet import slurm as slurm_backend
 from fireflyer.fleet.backend import Backend
 from fireflyer.fleet.controller import Controller
 from fireflyer.fleet.folder import StateFolder
@@ -141,12 +147,43 @@ def make_lab(tmp_path: Path) -> Iterator[Callable[..., Lab]]:
         lab.close()
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """One that other users may pass through, as pytest's own are not."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+
+
+@pytest.fixture
+def everybodys_python(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Shepherds, and the interpreter given back, that users other than root may run, wherever this one is installed."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can run jobs as other users")
+    shutil.copytree(local.SOURCE / "fireflyer", open_folder / "source" / "fireflyer")
+    monkeypatch.setattr(local, "SOURCE", open_folder / "source")
+    for python in (sys.executable, shutil.which("python3", path="/usr/local/bin:/usr/bin")):
+        program = [python, "-c", "import sys; assert sys.version_info >= (3, 10)"]
+        with suppress(OSError):
+            if (
+                python
+                and subprocess.run(program, user="nobody", check=False, stderr=subprocess.DEVNULL).returncode == 0
+            ):
+                for module in (local, slurm_backend):
+                    monkeypatch.setattr(module, "SHEPHERD", [python, *local.SHEPHERD[1:]])
+                return python
+    pytest.skip("no Python here that other users may run")
+
+
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+def slurm() -> Iterator[SlurmCluster]:
     """A Slurm of three nodes in two zones: n1, n2 in zone_a, n3 in zone_b."""
     if reason := missing():
         pytest.skip(reason)
-    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"), zones="aab")
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    cluster = SlurmCluster(folder, zones="aab")
     try:
         cluster.start()
         before = os.environ.get("SLURM_CONF")
@@ -157,3 +194,4 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
             os.environ["SLURM_CONF"] = before
     finally:
         cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from fireflyer.fleet import controller
+from fireflyer.fleet.backend import Alive
 from fireflyer.fleet.processes import with_variable
-from fireflyer.fleet.records import ATTEMPT_VARIABLE, asked_path, read_json
+from fireflyer.fleet.records import ATTEMPT_VARIABLE, asked_path, read_json, use_path, write_json
 from fireflyer.fleet.shepherd import main as shepherd
 
 from .conftest import PYTHON, Lab
@@ -188,6 +190,26 @@ def test_a_rank_that_dies_with_its_node_is_replaced_alone(make_lab: Callable[...
     assert first.outcome == "lost"
     assert "n2" in first.reason
     assert sorted(second.nodes) == ["n1", "n3"]
+
+
+def test_lost_contact_is_not_death(make_lab: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch):
+    """The back end says that the job is gone, its shepherd still writes: it is not started a second time (pain 6)."""
+    lab = make_lab()
+    number = lab.counter("job", 100)
+    lab.until(lab.running(number))
+    real = lab.backend.alive
+    monkeypatch.setattr(controller, "FORGOTTEN_S", 0.5)
+    monkeypatch.setattr(
+        lab.backend, "alive", lambda launches: {n: Alive(frozenset(), certain=False) for n in real(launches)}
+    )
+    for beat in range(10):
+        write_json(use_path(lab.attempt_folder(number), 0), {"beat": beat})
+        until = time.monotonic() + 0.15
+        while time.monotonic() < until:
+            lab.fleet.tick()
+    monkeypatch.setattr(lab.backend, "alive", real)
+    lab.until(lab.ended(number))
+    assert [attempt.outcome for attempt in lab.attempts(number)] == ["done"]
 
 
 def test_late_shepherd_of_a_voided_launch_goes_home(make_lab: Callable[..., Lab], tmp_path: Path):

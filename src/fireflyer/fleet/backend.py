@@ -44,9 +44,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Alive:
-    """Which ranks' shepherds still live."""
+    """Which ranks' shepherds still live. Not certain: the back end only knows nothing of the others."""
 
     ranks: frozenset[int]
+    certain: bool = True
 
 
 class Backend(Protocol):

@@ -12,21 +12,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from fireflyer.fleet import state as policy
-from fireflyer.fleet.backend import Alive, Backend, SeenNode, Unreachable
+from fireflyer.fleet.backend import Alive, Backend, Launch, SeenNode, Unreachable
 from fireflyer.fleet.clock import FleetClock
 from fireflyer.fleet.folder import StateFolder
 from fireflyer.fleet.hands import KILL_GRACE_S, Hands
 from fireflyer.fleet.judge import GANG, judge
 from fireflyer.fleet.ledger import AttemptRow, Ledger, LedgerError, TaskRow
 from fireflyer.fleet.policy import Settings, decide
-from fireflyer.fleet.records import Ended, read_ended, read_json, started_path
+from fireflyer.fleet.records import Ended, modified, read_ended, read_json, started_path, use_path
+from fireflyer.fleet.shepherd import USE_EVERY_S
 from fireflyer.fleet.usage import FORGOTTEN_HALF_LIVES, UsageBook
 from fireflyer.fleet.validation import Validation
 
 TICK_S = 0.2
 NODES_EVERY_S = 1.0
-GONE_GRACE_S = 3.0
+RECORD_LAG_S = 1.0
 """A shepherd that is gone may have left a record that this machine does not see yet."""
+FORGOTTEN_S = 2.5 * USE_EVERY_S
+"""A job that the back end does not know of, and whose shepherds write nothing for so long, is gone."""
+START_LIMIT_S = 60.0
+"""A launch that takes longer counts as begun."""
 STUCK_S = 30.0
 """After KILL; then the node is suspect, and drained."""
 _NOTE_EVERY_S = 10.0
@@ -62,7 +67,7 @@ class Controller:
         self.usage = UsageBook(settings.half_life_s, self.ledger.ended_attempts(since))
         self.reservations: tuple[policy.Reservation, ...] = ()
         self._signalled: set[int] = set()
-        self._gone_since: dict[int, float] = {}
+        self._gone_since: dict[int, tuple[float, tuple[float | None, ...]]] = {}
         self._kill_at: dict[int, float] = {}
         self._noted_at = float("-inf")
         self._draining = False
@@ -149,32 +154,43 @@ class Controller:
             ended[rank] or read_json(started_path(launch.folder, rank)) for rank in ranks
         ):
             self.ledger.started(attempt.id, now)
-        if not missing:
-            self._gone_since.pop(attempt.id, None)
-        gone_s = now - self._gone_since.setdefault(attempt.id, now) if missing else 0.0
+        certain = attempt.id not in alive or alive[attempt.id].certain
+        gone = self._gone(launch, missing, RECORD_LAG_S if certain else FORGOTTEN_S, now)
         if all(record or rank in missing for rank, record in enumerate(ended)):
-            if not missing or gone_s >= GONE_GRACE_S:
+            if not missing or gone:
                 self._end(task, attempt, ended, now)
         elif attempt.state == "running":
-            self._watch_gang(task, attempt, ended, missing, gone_s, now)
+            self._watch_gang(task, attempt, ended, missing if gone else set(), now)
         else:
             self._press(task, attempt, now)
+
+    def _gone(self, launch: Launch, missing: set[int], grace_s: float, now: float) -> bool:
+        """Whether the missing ranks are really gone: the back end has said so for a while, and in that time their
+        shepherds wrote nothing. (An engine that was restarted may have forgotten a job that runs.)"""
+        if not missing:
+            self._gone_since.pop(launch.attempt, None)
+            return False
+        signs = tuple(modified(use_path(launch.folder, rank)) for rank in sorted(missing))
+        since_s, before = self._gone_since.get(launch.attempt, (now, signs))
+        if signs != before:
+            since_s = now
+        self._gone_since[launch.attempt] = (since_s, signs)
+        return now - since_s >= grace_s
 
     def _watch_gang(
         self,
         task: TaskRow,
         attempt: AttemptRow,
         ended: list[Ended | None],
-        missing: set[int],
-        gone_s: float,
+        gone: set[int],
         now: float,
     ) -> None:
         """Some ranks are over and others not: the others can't go on without those that failed or went."""
         why = None
         if task.stop_asked:
             why = "stop"
-        elif missing and gone_s >= GONE_GRACE_S:
-            why = f"lost: {', '.join(attempt.nodes[rank] for rank in sorted(missing))}"
+        elif gone:
+            why = f"lost: {', '.join(attempt.nodes[rank] for rank in sorted(gone))}"
         else:
             bad = next(((rank, record.code) for rank, record in enumerate(ended) if record and record.code), None)
             why = f"{GANG}: rank {bad[0]} ended with code {bad[1]}" if bad else None
@@ -201,6 +217,11 @@ class Controller:
     def _end(self, task: TaskRow, attempt: AttemptRow, ended: list[Ended | None], now: float) -> None:
         if any(record is None for record in ended):
             self.backend.kill(self.hands.launch_of(task, attempt))  # what a shepherd that died left behind
+        folder = self.hands.attempt_folder(attempt.id)
+        if not any(ended) and not any(read_json(started_path(folder, rank)) for rank in range(len(ended))):
+            reason = f"no shepherd came up on {', '.join(attempt.nodes)}: see the logs in {folder}"
+            self.hands.void(task, attempt, reason, now, retry=True)
+            return
         before = [other for other in self.ledger.attempts_of(task.id) if other.id < attempt.id]
         last_step = next((other.saved_step for other in reversed(before) if other.saved_step is not None), None)
         end = judge(task, attempt, ended, last_step)
@@ -266,7 +287,7 @@ class Controller:
         return policy.FleetState(
             {node.name: node for node in nodes}.values(),
             [
-                self._policy_task(task, by_task.get(task.id))
+                self._policy_task(task, by_task.get(task.id), now)
                 for task in tasks
                 if task.id in by_task or (task.retry_at <= now and not task.stop_asked)
             ],
@@ -282,7 +303,7 @@ class Controller:
             for node in self.sight.nodes
         ]
 
-    def _policy_task(self, task: TaskRow, attempt: AttemptRow | None) -> policy.Task:
+    def _policy_task(self, task: TaskRow, attempt: AttemptRow | None, now: float) -> policy.Task:
         begun = [other for other in self.ledger.attempts_of(task.id) if other.outcome != "void"]
         common = {"id": policy_id(task.id), "user": task.user, "num_nodes": task.nodes, "num_slices": len(begun)}
         limit_s = task.limit_s if task.limit_s is not None else float("inf")
@@ -293,7 +314,7 @@ class Controller:
             return policy.Task(**common, since_s=since_s, kept_nodes=kept, limit_s=limit_s)
         return policy.Task(
             **common,
-            since_s=attempt.opened_at if attempt.stop_at is None else attempt.stop_at,
+            since_s=_slice_since(attempt, now) if attempt.stop_at is None else attempt.stop_at,
             phase="running" if attempt.stop_at is None else "stopping",
             nodes=tuple(attempt.nodes),
             limit_s=limit_s,
@@ -303,6 +324,13 @@ class Controller:
         task = self.ledger.task(attempt.task)
         assert task is not None
         return task
+
+
+def _slice_since(attempt: AttemptRow, now: float) -> float:
+    """A slice begins with the command, not with the launch: a slow start takes nothing from it, unless it hangs."""
+    if attempt.started_at is not None:
+        return attempt.started_at
+    return max(attempt.opened_at, min(now, attempt.opened_at + START_LIMIT_S))
 
 
 def policy_id(number: int) -> str:

@@ -59,13 +59,12 @@ class Hands:
             self.ledger.launched(number, self.backend.launch(launch))
         except FileExistsError:
             # Of an older ledger's attempt: what lies there is not to be taken for this one's end.
-            self.ledger.end_attempt(attempt, End("void", f"{launch.folder} exists already", "waiting"), now)
+            self.void(task, attempt, f"{launch.folder} exists already", now, retry=False)
         except (Refused, OSError) as error:
             reason = f"the back end refused: {error}"
             if isinstance(error, OSError):
                 reason = f"its folder {launch.folder} can't be written: {error.strerror}"
-            if self.give_up(task, attempt, reason, now):
-                self.ledger.postpone(task.id, reason, now + RETRY_S)
+            self.give_up(task, attempt, reason, now, retry=True)
         except Unreachable:
             return  # it may have arrived all the same: `find_or_void` will tell
 
@@ -78,7 +77,7 @@ class Hands:
         else:
             self.give_up(task, attempt, "never launched", now)
 
-    def give_up(self, task: TaskRow, attempt: AttemptRow, reason: str, now: float) -> bool:
+    def give_up(self, task: TaskRow, attempt: AttemptRow, reason: str, now: float, retry: bool = False) -> bool:
         """Void a launch that has not begun; False when it has, and must be stopped like any other."""
         launch = self.launch_of(task, attempt)
         if launch.folder.exists() and not claim(launch.folder, 0, VOID):
@@ -86,8 +85,14 @@ class Hands:
                 self.ledger.launched(attempt.id, attempt.backend_id or "")  # it began, and has ended since
             return False
         self.backend.kill(launch)  # ranks of which rank 0 never came
-        self.ledger.end_attempt(attempt, End("void", reason, "stopped" if task.stop_asked else "waiting"), now)
+        self.void(task, attempt, reason, now, retry)
         return True
+
+    def void(self, task: TaskRow, attempt: AttemptRow, reason: str, now: float, retry: bool) -> None:
+        """Write down that an attempt never began. `retry`: the reason may be there still, so not at once again."""
+        self.ledger.end_attempt(attempt, End("void", reason, "stopped" if task.stop_asked else "waiting"), now)
+        if retry and not task.stop_asked:
+            self.ledger.postpone(task.id, reason, now + RETRY_S)
 
     def stop(self, task: TaskRow, attempt: AttemptRow, now: float) -> bool:
         """Carry a stop out once its intent is in the ledger: True when TERM is with all ranks, or none is left."""

@@ -140,6 +140,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def modified(path: Path) -> float | None:
+    """When a record was written last."""
+    try:
+        return path.lstat().st_mtime
+    except OSError:
+        return None
+
+
 def read_ended(folder: Path, rank: int) -> Ended | None:
     """A rank's end; None while there is none. One that says nothing usable is an end without a known code."""
     path = ended_path(folder, rank)

@@ -37,6 +37,7 @@ from fireflyer.fleet.records import (
 
 USE_EVERY_S = 5.0
 _LEFTOVERS_S = 1.0
+_SLURM_SETS = ("SLURM", "CUDA_VISIBLE_", "ROCR_VISIBLE_", "HIP_VISIBLE_", "GPU_DEVICE_", "ZE_AFFINITY_")
 _WATCHED = {signal.SIGTERM, signal.SIGCHLD}
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -116,7 +117,7 @@ class Shepherd:
             "PET_MASTER_ADDR": first,
             "PET_MASTER_PORT": str(spec.master_port),
         }
-        slurm = {name: value for name, value in os.environ.items() if name.startswith(("SLURM_", "CUDA_VISIBLE_"))}
+        slurm = {name: value for name, value in os.environ.items() if name.startswith(_SLURM_SETS)}
         return {**spec.env, **slurm, **spec.node_env[self.rank], **placed}
 
     def _watch(self, process: subprocess.Popen[bytes]) -> int:

@@ -87,6 +87,7 @@ class SlurmBackend:
         return match[1]
 
     def find(self, launch: Launch) -> str | None:
+        """By name, always: a Slurm that was restarted may give a number again."""
         self._look()
         job = self._jobs.get(f"{self._prefix}{launch.attempt}")
         return None if job is None else job[0]
@@ -99,27 +100,25 @@ class SlurmBackend:
             self._look()
         alive = {}
         for launch in launches:
-            _, state = self._jobs.get(names[launch.attempt], ("", "GONE"))
+            # A job that is not listed is over since MinJobAge, or forgotten by a Slurm that was restarted.
+            _, state = self._jobs.get(names[launch.attempt], ("", None))
             ranks = range(len(launch.nodes)) if state in _LIVING else ()
-            alive[launch.attempt] = Alive(frozenset(ranks))
+            alive[launch.attempt] = Alive(frozenset(ranks), certain=state is not None)
         return alive
 
     def terminate(self, launch: Launch) -> None:
         # To the step, that is to every process on every node, once; not to srun, which would answer by killing them.
-        _run("scancel", "-s", "TERM", self._job(launch), tolerates=True)
+        if (job := self.find(launch)) is not None:
+            _run("scancel", "-s", "TERM", job, tolerates=True)
 
     def kill(self, launch: Launch) -> None:
-        job = self._job(launch)
-        if job:
+        if (job := self.find(launch)) is not None:
             _run("scancel", "--full", "-s", "KILL", job, tolerates=True)
             _run("scancel", job, tolerates=True)
 
     def set_drained(self, node: str, drained: bool, reason: str) -> None:
         state = ["State=DRAIN", f"Reason=fleet: {reason}"] if drained else ["State=RESUME"]
         _run("scontrol", "update", f"NodeName={node}", *state, tolerates=True)
-
-    def _job(self, launch: Launch) -> str:
-        return launch.backend_id or self.find(launch) or ""
 
     def _of_partition(self) -> list[str]:
         return [f"--partition={self._partition}"] if self._partition else []
