@@ -110,6 +110,13 @@ def test_what_makes_no_sense_is_refused_in_one_line(compiler, response_format, c
     assert len(str(error.value)) < 400
 
 
+def test_properties_come_in_the_order_of_the_schema(compiler):
+    for names in ("ab", "ba"):
+        schema = {"type": "object", "properties": {name: {"type": "null"} for name in names}, "required": ["a", "b"]}
+        assert accepts(compiler, schema_format(schema), json.dumps(dict.fromkeys(names)))
+        assert not accepts(compiler, schema_format(schema), json.dumps(dict.fromkeys(names[::-1])))
+
+
 def test_grammars_are_kept(tokenizer, monkeypatch):
     compiler = GrammarCompiler(tokenizer, [])
     calls = []

@@ -1,8 +1,11 @@
 """SamplingParams: what is refused, and that the refusal names the field, the value and the range."""
 
+import dataclasses
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fireflyer.errors import UserError
 from fireflyer.infer.sampling_params import SamplingParams
@@ -59,6 +62,54 @@ def test_refusals_name_field_and_value(field, value):
     assert repr(value)[:100] in text or repr(value[-1]) in text
     assert "must be" in text
     assert "\n" not in text
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+fields = [field.name for field in dataclasses.fields(SamplingParams)]
+
+
+@settings(max_examples=300)
+@given(st.dictionaries(st.sampled_from(fields), json_values, max_size=4))
+def test_whatever_is_asked_is_taken_or_refused_in_one_line(asked):
+    try:
+        SamplingParams(**asked)
+    except UserError as error:
+        refusal = str(error)
+        assert "\n" not in refusal
+        assert any(field in refusal for field in asked)
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = {"items": [value]}
+    return value
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"max_tokens": -(10**5000)},
+        {"seed": 10**5000},
+        {"temperature": 10**5000},
+        {"stop": nested(9999)},
+        {"response_format": [nested(9999)]},
+        {"response_format": nested(9999)},
+        {"response_format": {"type": nested(300)}},
+        {"response_format": {"type": "regex", "pattern": "a", "b": nested(9999)}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": nested(9999)}}},
+        {"stop": ["x" * 10**6, 3]},
+    ],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_values_beyond_all_bounds(asked):
+    with pytest.raises(UserError) as error:
+        SamplingParams(**asked)
+    assert len(str(error.value)) < 300
 
 
 def test_limits_are_allowed():

@@ -12,7 +12,6 @@ Out: the same, its shape checked; whether a schema or a grammar makes sense, `st
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -35,51 +34,55 @@ def checked_response_format(value: object) -> dict[str, Any] | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
-        raise UserError(f"response_format is {_shown(value)}; it must be an object with a type, or None")
-    kind = value.get("type")
+        raise UserError(f"response_format is {shown(value)}; it must be an object with a type, or None")
+    try:
+        form: dict[str, Any] = json.loads(json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"response_format is no JSON: {error}") from None
+    kind = form.get("type")
     if not isinstance(kind, str) or kind not in _KEYS:
-        raise UserError(f"response_format has the type {_shown(kind)}; it must be one of {', '.join(_KEYS)}")
-    _check_keys(f"response_format of type {kind}", value, _KEYS[kind] | {"type"}, required=_KEYS[kind])
+        raise UserError(f"response_format has the type {shown(kind)}; it must be one of {', '.join(_KEYS)}")
+    _check_keys(f"response_format of type {kind}", form, _KEYS[kind] | {"type"}, required=_KEYS[kind])
     if kind == "json_schema":
-        _check_json_schema(value["json_schema"])
+        _check_json_schema(form["json_schema"])
     elif kind == "choice":
-        choices = value["choices"]
-        if not isinstance(choices, list | tuple) or not choices or not all(isinstance(c, str) and c for c in choices):
-            raise UserError(f"response_format's choices are {_shown(choices)}; they must be texts, none of them empty")
+        choices = form["choices"]
+        if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
+            raise UserError(f"response_format's choices are {shown(choices)}; they must be texts, none of them empty")
     elif kind in ("regex", "grammar"):
         (key,) = _KEYS[kind]
-        if not isinstance(value[key], str) or not value[key]:
-            raise UserError(f"response_format's {key} is {_shown(value[key])}; it must be a text that is not empty")
-    return None if kind == "text" else copy.deepcopy(dict(value))
+        if not isinstance(form[key], str) or not form[key]:
+            raise UserError(f"response_format's {key} is {shown(form[key])}; it must be a text that is not empty")
+    return None if kind == "text" else form
 
 
 def _check_json_schema(value: object) -> None:
     where = "response_format's json_schema"
-    if not isinstance(value, Mapping):
-        raise UserError(f"{where} is {_shown(value)}; it must be an object with a schema in it")
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is {shown(value)}; it must be an object with a schema in it")
     _check_keys(where, value, _SCHEMA_KEYS, required={"schema"})
     for key in ("name", "description"):
         if not isinstance(value.get(key, ""), str | None):
-            raise UserError(f"{where} has the {key} {_shown(value[key])}; it must be a text")
+            raise UserError(f"{where} has the {key} {shown(value[key])}; it must be a text")
     if not isinstance(value.get("strict"), bool | None):
-        raise UserError(f"{where} has strict={_shown(value['strict'])}; it must be true or false")
-    if not isinstance(value["schema"], Mapping):
-        raise UserError(f"{where} has the schema {_shown(value['schema'])}; it must be an object")
-    try:
-        json.dumps(value["schema"], allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{where} has a schema that is no JSON: {error}") from None
+        raise UserError(f"{where} has strict={shown(value['strict'])}; it must be true or false")
+    if not isinstance(value["schema"], dict):
+        raise UserError(f"{where} has the schema {shown(value['schema'])}; it must be an object")
 
 
-def _check_keys(where: str, value: Mapping, known: set[str], required: set[str]) -> None:
+def _check_keys(where: str, value: dict, known: set[str], required: set[str]) -> None:
     unknown = [key for key in value if key not in known]
     if unknown:
-        raise UserError(f"{where} has {_shown(unknown[0])}; it may have {', '.join(sorted(known))}")
+        raise UserError(f"{where} has {shown(unknown[0])}; it may have {', '.join(sorted(known))}")
     missing = sorted(required - value.keys())
     if missing:
         raise UserError(f"{where} has no {missing[0]}")
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
+def shown(value: object) -> str:
+    """A value from outside, for a message: of whatever size and depth."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits; nested without end
+        return f"a {type(value).__name__} beyond all bounds"
     return text if len(text) <= 100 else text[:100] + "..."

@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from fireflyer.errors import UserError
-from fireflyer.infer.response_format import checked_response_format
+from fireflyer.infer.response_format import checked_response_format, shown
 
 # OpenAI's limits for what is added to a logit. They also bound logits, so that none of them overflows.
 _PENALTY_LIMIT = 2.0
@@ -136,10 +136,7 @@ class SamplingParams:
 
 
 def _refusal(field: str, value: object, wanted: str) -> UserError:
-    shown = repr(value)
-    if len(shown) > 100:
-        shown = shown[:100] + "..."
-    return UserError(f"sampling parameter {field} is {shown}; it must be {wanted}")
+    return UserError(f"sampling parameter {field} is {shown(value)}; it must be {wanted}")
 
 
 def _integer(field: str, value: object, wanted: str, *, low: int, high: int | None = None) -> int:

@@ -65,7 +65,8 @@ class GrammarCompiler:
 
     def start(self, response_format: Mapping[str, Any], prompt_token_ids: Sequence[int] = ()) -> GrammarState:
         """The state of a new answer to this prompt. Raises UserError that quotes what llguidance finds wrong."""
-        key = json.dumps(response_format, sort_keys=True)
+        # The order of keys counts: a schema's properties are written in it.
+        key = json.dumps(response_format)
         with self._lock:
             matcher = self._kept.get(key)
         if matcher is None:
@@ -218,7 +219,9 @@ def _compiled(response_format: Mapping[str, Any], vocabulary: LLTokenizer) -> LL
         if complaints:
             raise ValueError(complaints[0])
     except ValueError as error:
-        complaint = "no text has this form" if "NoExtension" in str(error) else _one_line(str(error))
+        complaint = _one_line(str(error))
+        if complaint.startswith("NoExtension"):
+            complaint = "no text has this form"
         raise UserError(f"response_format: {_WHAT[response_format['type']]} can't be used: {complaint}") from None
     return matcher
 
@@ -236,8 +239,9 @@ def _grammar(response_format: Mapping[str, Any]) -> str:
         choices = " | ".join(json.dumps(choice) for choice in response_format["choices"])
         return LLMatcher.grammar_from_lark(f"start: {choices}")
     schema = {"type": "object"} if kind == "json_object" else response_format["json_schema"]["schema"]
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": _WHITESPACE})
     _check_bounds(schema)
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": _WHITESPACE})
+    return grammar
 
 
 def _check_bounds(schema: object) -> None:
