@@ -75,33 +75,61 @@ def test_nobody_is_stopped_before_the_slice_is_over_and_then_the_waiting_user_ge
     assert list(decide(state, 10.0, S).suspends) == ["t1"]
 
 
+def crowded(now_s: float, *tasks: Task, **usage: float) -> FleetState:
+    """Forty nodes, and a crowd of well served users who wait, so that nobody's turn is due."""
+    crowd = [waits(f"w{i}", f"x{i}", since_s=now_s, num_slices=1) for i in range(20)]
+    shares = {f"x{i}": had(1e6, now_s) for i in range(20)} | {user: had(much, now_s) for user, much in usage.items()}
+    return FleetState(zone("a", 40), [*tasks, *crowd], shares)
+
+
 def test_a_user_is_stopped_only_for_one_who_stays_clearly_behind():
-    def suspends(had_before: float) -> bool:
-        """Many users wait, so that u2's turn is far; does the least served u2 get u1's node?"""
-        tasks = [runs("t1", "u1", "a0"), *(runs(f"t1{i}", "u1", f"a{i}") for i in range(1, 40))]
-        tasks += [waits(f"w{i}", f"x{i}", since_s=100.0) for i in range(20)] + [waits("t2", "u2", since_s=100.0)]
-        usage = {f"x{i}": had(1e6, 100.0) for i in range(20)} | {"u1": had(had_before, 100.0), "u2": had(1000.0, 100.0)}
-        decision = decide(FleetState(zone("a", 40), tasks, usage), 100.0, S)
-        assert [reservation.task_id for reservation in decision.reservations] == ["t2"] * len(decision.suspends)
-        return bool(decision.suspends)
-
-    assert not suspends(had_before=(1000 + 10) / 0.95 - 1.0)
-    assert suspends(had_before=(1000 + 10) / 0.95 + 1.0)
+    mine = [runs(f"t1{i}", "u1", f"a{i}") for i in range(40)]
+    waiting = waits("t2", "u2", since_s=100.0, num_slices=1)
+    even = (1000 + 10) / 0.95
+    assert not decide(crowded(100.0, *mine, waiting, u1=even - 1, u2=1000.0), 100.0, S).suspends
+    decision = decide(crowded(100.0, *mine, waiting, u1=even + 1, u2=1000.0), 100.0, S)
+    assert list(decision.suspends) == ["t10"]
+    assert [(r.task_id, r.due) for r in decision.reservations] == [("t2", False)]
 
 
-def test_a_users_own_task_gives_way_to_a_first_slice_at_once_and_to_a_later_one_after_a_while():
-    def stopped(num_slices: int, ran_s: float) -> bool:
-        others = [waits(f"w{i}", f"x{i}", since_s=ran_s) for i in range(9)]
-        usage = {f"x{i}": had(1e6, ran_s) for i in range(9)}
-        mine = [runs(f"t{i}", "u1", f"a{i}") for i in range(20)]
-        waiting = waits("t99", "u1", since_s=ran_s, num_slices=num_slices)
-        state = FleetState(zone("a", 20), [*mine, waiting, *others], usage | {"u1": had(1.0, ran_s)})
+def test_a_large_task_stops_for_a_small_one_only_if_its_user_stays_ahead_without_it():
+    gang, waiting = (
+        runs("t1", "u1", " ".join(f"a{i}" for i in range(40))),
+        waits("t2", "u2", since_s=100.0, num_slices=1),
+    )
+    even = (1000 + 40 * 10) / 0.95
+    assert not decide(crowded(100.0, gang, waiting, u1=even - 1, u2=1000.0), 100.0, S).suspends
+    assert decide(crowded(100.0, gang, waiting, u1=even + 1, u2=1000.0), 100.0, S).suspends
+
+
+def test_a_first_slice_waits_for_the_least_slice_and_a_later_one_for_a_full_one():
+    def stopped(num_slices: int, ran_s: float, user: str = "u1") -> bool:
+        mine = [runs(f"t1{i}", "u1", f"a{i}") for i in range(40)]
+        state = crowded(ran_s, *mine, waits("t2", user, since_s=ran_s, num_slices=num_slices), u1=2000.0, u2=0.0)
         return bool(decide(state, ran_s, S).suspends)
 
-    assert not stopped(num_slices=0, ran_s=9.0)
-    assert stopped(num_slices=0, ran_s=10.0)
-    assert not stopped(num_slices=1, ran_s=49.0)
-    assert stopped(num_slices=1, ran_s=50.0)
+    for user in ("u1", "u2"):  # the user's own tasks, and those of a more served one
+        assert not stopped(0, 9.0, user)
+        assert stopped(0, 10.0, user)
+        assert not stopped(1, 49.0, user)
+        assert stopped(1, 50.0, user)
+
+
+def test_a_first_slice_inside_an_even_share_stops_those_who_hold_more_whatever_they_had():
+    """Two users on 40 nodes, and the crowd of 20: an even share is 40/22 nodes."""
+    mine = [runs(f"t1{i}", "u1", f"a{i}") for i in range(39)]
+    theirs = runs("t3", "u2", "a39", since_s=11.0)
+    for num_slices, num_nodes, holds, right in [
+        (0, 1, False, True),
+        (1, 1, False, False),
+        (0, 2, False, False),
+        (0, 1, True, False),
+    ]:
+        waiting = waits("t2", "u2", num_nodes, since_s=20.0, num_slices=num_slices)
+        tasks = [*mine, theirs, waiting] if holds else [*mine, waiting, runs("t4", "u4", "a39")]
+        decision = decide(crowded(20.0, *tasks, u1=0.0, u2=1e5, u4=0.0), 20.0, S)
+        assert [r.task_id for r in decision.reservations] == ["t2"] * right
+        assert list(decision.suspends) == ["t10"] * right
 
 
 def test_no_more_nodes_are_freed_than_needed():

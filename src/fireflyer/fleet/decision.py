@@ -45,11 +45,11 @@ class Settings:
 
     def slice_s(self, user: str) -> float:
         """How long a user's task runs at least."""
-        return self.min_slice_s * max(1.0, self.weight(user))
+        return self.min_slice_s * max(1.0, self.weight(user)) if self.weights else self.min_slice_s
 
-    def share(self, task: Task) -> float:
-        """What one slice of a task adds to what its user had: node-seconds per weight."""
-        return task.num_nodes * self.slice_s(task.user) / self.weight(task.user)
+    def share_of_node(self, user: str) -> float:
+        """What one slice on one node adds to what a user had: node-seconds per weight."""
+        return self.slice_s(user) / self.weight(user)
 
     def turn_s(self, users: int) -> float:
         """The longest wait for a turn while this many users wait."""

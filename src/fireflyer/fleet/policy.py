@@ -62,6 +62,7 @@ class _Round:
         self.settled: set[str] = set()
         had = served(state, now_s, settings)
         self.served = dict(had)
+        self.holds = dict(state.held)
         self.turns = turns(state, now_s, settings, had)
         self.heads = {turn.task.id for turn in self.turns}
         self.offers = Offers(state, now_s, settings, had)
@@ -191,17 +192,18 @@ class _Round:
     def _count(self, task: Task) -> None:
         """What is given now counts at once, so that one decision does not give one user everything."""
         self.settled.add(task.id)
-        self.served[task.user] += self.settings.share(task)
+        self.served[task.user] += task.num_nodes * self.settings.share_of_node(task.user)
+        self.holds[task.user] = self.holds.get(task.user, 0) + task.num_nodes
 
     def _reserve_share(self, task: Task) -> bool:
         """Nodes of more served users, at once or not at all; and none while a due turn is behind another."""
         if self.turns_blocked:
             return False
-        had = self.served[task.user]
-        room = [len(free) + self.offers.room(task, had, zone) for zone, free in self.board.free.items()]
-        if sum(room) + len(self.board.coming) < task.num_nodes:
+        had, holds = self.served[task.user], self.holds.get(task.user, 0)
+        room = len(self.board.coming) + sum(map(len, self.board.free.values()))
+        if room + self.offers.room(task, had, holds) < task.num_nodes:
             return False
-        return self._claim(task, self.offers.for_share(task, had), due=False)
+        return self._claim(task, self.offers.for_share(task, had, holds), due=False)
 
     def _everybody(self, task: Task) -> list[Offer]:
         return self.offers.for_turn(task, [self.board.running[task_id] for task_id in self.starts])
