@@ -14,7 +14,7 @@ from fireflyer.fleet.policy import Decision, Settings, decide
 from fireflyer.fleet.state import FleetState, Node, Task
 
 SLICE_S, STOP_S = 10.0, 3.0
-SETTINGS = Settings(min_slice_s=SLICE_S, stop_s=STOP_S, half_life_s=200.0, full_slice_s=30.0, tick_s=10.0)
+SETTINGS = Settings(min_slice_s=SLICE_S, stop_s=STOP_S, half_life_s=200.0, full_slice=3.0, tick_s=10.0)
 
 
 @dataclass

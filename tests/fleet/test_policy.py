@@ -15,7 +15,7 @@ from fireflyer.fleet.policy import check_size, decide
 from fireflyer.fleet.state import FleetState, Node, Reservation, Task
 from fireflyer.fleet.turns import turns
 
-S = Settings(min_slice_s=10.0, stop_s=3.0, half_life_s=1000.0, full_slice_s=50.0, tick_s=5.0)
+S = Settings(min_slice_s=10.0, stop_s=3.0, half_life_s=1000.0, full_slice=5.0, tick_s=5.0)
 
 
 def zone(name: str, count: int) -> list[Node]:

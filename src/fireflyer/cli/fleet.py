@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fireflyer.cli import fleet_simulate
 from fireflyer.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,6 +59,10 @@ def add_parser(subparsers: Any) -> None:
     validate.add_argument("--node", metavar="NODE", help="only this one (default all)")
     validate.add_argument("--no-wait", action="store_true", help="don't wait for the verdicts")
     _add_interrupt(verbs)
+    what = "a month of a large cluster in a minute, beside other schedulers"
+    fleet_simulate.add_arguments(
+        _add(verbs, argparse.ArgumentParser(add_help=False), "simulate", what, fleet_simulate.run)
+    )
 
 
 def run(args: argparse.Namespace) -> int:

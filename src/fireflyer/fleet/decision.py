@@ -18,7 +18,7 @@ class Settings:
     stop_s: the deadline for saving and stopping; past it a task is killed.
     half_life_s: node-seconds count half after this time.
     tolerance: a user is stopped for a less served one only if they still had this share more after the other's slice.
-    full_slice_s: a task that has run before waits for others to have this long a slice, unless its turn is due.
+    full_slice: in least slices: so long a task that has run before leaves the others to run, unless its turn is due.
     tick_s: how often to decide again while tasks wait and nothing happens.
     weights: of users; 1 for those not named.
     """
@@ -27,14 +27,14 @@ class Settings:
     stop_s: float = 60.0
     half_life_s: float = 86_400.0
     tolerance: float = 0.05
-    full_slice_s: float = 3_600.0
+    full_slice: float = 6.0
     tick_s: float = 60.0
     weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("min_slice_s", "half_life_s", "tick_s"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "above 0")
-        for name in ("stop_s", "full_slice_s"):
+        for name in ("stop_s", "full_slice"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         _check("tolerance", self.tolerance, 0 <= self.tolerance < 1, "0 or more and below 1")
         for user, weight in self.weights.items():

@@ -97,7 +97,7 @@ class Offers:
         """A user's tasks that have run for the least slice, or a full one."""
         if (user, full) not in self._ripe:
             queue = self.state.running_of.get(user, [])
-            slice_s = max(self.settings.slice_s(user), self.settings.full_slice_s if full else 0.0)
+            slice_s = self.settings.slice_s(user) * (max(1.0, self.settings.full_slice) if full else 1.0)
             older = queue[: _num_older(queue, slice_s, self.now_s)]
             self._ripe[user, full] = [self.state.tasks[task_id] for _, task_id in older]
         return self._ripe[user, full]
