@@ -26,6 +26,7 @@ def figures(outcome: Outcome, modest: set[str]) -> dict[str, Any]:
     """
     account = outcome.account
     up = account.all - account.down
+    usable = up - account.idle
     jobs = [job for job in outcome.jobs if job.submission.submitted_s >= 0.0]
     waits = {
         job.submission.id: (outcome.end_s if job.first_s is None else job.first_s) - job.submission.submitted_s
@@ -38,7 +39,7 @@ def figures(outcome: Outcome, modest: set[str]) -> dict[str, Any]:
     parts = ("allocated", "useful", "starting", "saving", "lost", "reserved", "unfit")
     return {
         "share": {name: getattr(account, name) / up for name in parts} | {"nothing_waits": account.idle / up},
-        "allocated_of_usable": account.allocated / (up - account.idle),
+        "allocated_of_usable": account.allocated / usable if usable > 0.0 else 1.0,
         "down_share": account.down / account.all,
         "lost_node_hours": account.lost / 3600.0,
         "wait_s": {

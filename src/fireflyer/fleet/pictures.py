@@ -64,7 +64,7 @@ def _node_seconds(axes: Any, results: Mapping[str, dict[str, Any]]) -> None:
     axes.set_xlim(50.0, 100.0)
     axes.set_xlabel("% of the node-seconds of nodes that were up (from 50)")
     axes.set_title("Where the time went")
-    axes.legend(fontsize=7, loc="lower left")
+    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
 
 
 def _waits(axes: Any, results: Mapping[str, dict[str, Any]], colours: Mapping[str, str]) -> None:
@@ -112,4 +112,4 @@ def _over_time(
 def _legend(axes: Any, colours: Mapping[str, str]) -> None:
     for policy, colour in colours.items():
         axes.plot([], [], color=colour, label=policy)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)

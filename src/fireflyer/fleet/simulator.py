@@ -121,7 +121,7 @@ class Simulation:
         self.held: dict[str, int] = {}
         self.outcome = Outcome(scheduler.name, len(nodes), end_s, [])
         self.now_s = -math.inf
-        self.free = self.reserved = 0
+        self.free, self.reserved = len(nodes), 0
         self.events: list[tuple[float, int, str, object, float]] = []
         self.count = 0
         self.wake_s = math.inf
