@@ -90,6 +90,44 @@ def test_a_user_is_stopped_only_for_one_who_stays_clearly_behind():
     decision = decide(crowded(100.0, *mine, waiting, u1=even + 1, u2=1000.0), 100.0, S)
     assert list(decision.suspends) == ["t10"]
     assert [(r.task_id, r.due) for r in decision.reservations] == [("t2", False)]
+    gang = waits("t2", "u2", 3, since_s=100.0, num_slices=1)
+    even = (1000 + 3 * 10) / 0.95
+    assert not decide(crowded(100.0, *mine, gang, u1=even - 1, u2=1000.0), 100.0, S).suspends
+    assert len(decide(crowded(100.0, *mine, gang, u1=even + 1, u2=1000.0), 100.0, S).suspends) == 3
+
+
+def test_a_later_slice_passes_by_the_most_served_who_has_not_had_a_full_one():
+    young = [runs(f"t1{i}", "u1", f"a{i}", since_s=60.0) for i in range(39)]
+    old, waiting = runs("t3", "u3", "a39", since_s=40.0), waits("t2", "u2", since_s=90.0, num_slices=1)
+    assert list(decide(crowded(90.0, *young, old, waiting, u1=9e5, u3=5e5), 90.0, S).suspends) == ["t3"]
+
+
+def test_what_was_freed_for_a_task_stays_its_own_although_a_less_served_user_comes():
+    stopping = Task("t1", "u1", 1, 15.0, "stopping", ("a0",), num_slices=1)
+    tasks = [stopping, waits("t2", "u2", since_s=9.0), waits("t3", "u3", since_s=16.0)]
+    kept = Reservation("t2", ("a0",), 15.0, due=False)
+    usage = {"u2": had(500.0, 16.0, 0.0), "u3": had(0.0, 16.0, 0.0)}
+    state = FleetState(zone("a", 1) + zone("b", 40), tasks, usage, [kept])
+    for i in range(40):
+        state.put(runs(f"r{i}", "u4", f"b{i}", since_s=14.0))
+    decision = decide(state, 16.0, S)
+    assert [r.task_id for r in decision.reservations if "a0" in r.nodes] == ["t2"]
+
+
+def test_the_next_decision_comes_when_a_slice_ends_a_turn_is_due_or_nodes_are_ready():
+    state = FleetState(zone("a", 2), [runs("t1", "u1", "a0"), waits("t2", "u2", 2, since_s=1.0)])
+    slow = Settings(min_slice_s=10.0, stop_s=3.0, tick_s=1000.0)
+    assert decide(state, 4.0, slow).wake_s == 10.0, "reserved, ready then"
+    crowd = [waits(f"w{i}", f"x{i}", since_s=4.0) for i in range(5)]
+    busy = [runs("t1", "u1", " ".join(f"a{i}" for i in range(9)), since_s=2.0)]
+    state = FleetState(zone("a", 9), [*busy, *crowd])
+    assert decide(state, 5.0, slow).wake_s == 12.0, "a slice ends"
+    later = [waits(f"w{i}", f"x{i}", since_s=4.0, num_slices=1) for i in range(5)]
+    usage = {f"x{i}": had(1e6, 5.0, 4.0) for i in range(5)}
+    state = FleetState(zone("a", 9), [runs("t1", "u1", " ".join(busy[0].nodes), -99.0), *later], usage)
+    quiet = Settings(min_slice_s=10.0, stop_s=3.0, tick_s=1000.0)
+    assert decide(state, 5.0, quiet).wake_s == 4.0 + 5 * 13 - 2 * 13, "the first turn is due"
+    assert decide(FleetState(zone("a", 1), [runs("t1", "u1", "a0")]), 4.0, slow).wake_s is None
 
 
 def test_a_large_task_stops_for_a_small_one_only_if_its_user_stays_ahead_without_it():
@@ -222,6 +260,8 @@ def test_nodes_reserved_for_a_gang_are_backfilled_with_what_ends_in_time():
     state = FleetState(zone("a", 2), [*tasks, short, long], reservations=[gang])
     assert list(decide(state, 3.0, S).starts) == ["t3"]
     state = FleetState(zone("a", 2), [*tasks, waits("t5", "u5", since_s=1.0)], reservations=[gang])
+    assert not decide(state, 3.0, S).starts
+    state = FleetState(zone("a", 2), [*tasks, long], reservations=[gang])
     assert not decide(state, 3.0, S).starts
 
 
