@@ -104,14 +104,27 @@ def test_a_later_slice_passes_by_the_most_served_who_has_not_had_a_full_one():
 
 def test_what_was_freed_for_a_task_stays_its_own_although_a_less_served_user_comes():
     stopping = Task("t1", "u1", 1, 15.0, "stopping", ("a0",), num_slices=1)
-    tasks = [stopping, waits("t2", "u2", since_s=9.0), waits("t3", "u3", since_s=16.0)]
-    kept = Reservation("t2", ("a0",), 15.0, due=False)
-    usage = {"u2": had(500.0, 16.0, 0.0), "u3": had(0.0, 16.0, 0.0)}
-    state = FleetState(zone("a", 1) + zone("b", 40), tasks, usage, [kept])
-    for i in range(40):
-        state.put(runs(f"r{i}", "u4", f"b{i}", since_s=14.0))
-    decision = decide(state, 16.0, S)
-    assert [r.task_id for r in decision.reservations if "a0" in r.nodes] == ["t2"]
+    busy = [runs(f"r{i}", "u4", f"a{i}", since_s=14.0) for i in range(1, 40)]
+    tasks = [stopping, *busy, waits("t2", "u2", since_s=15.0), waits("t3", "u3", since_s=15.0)]
+    state = crowded(16.0, *tasks, u2=500.0, u3=0.0)
+    assert [r.task_id for r in decide(state, 16.0, S).reservations] == ["t3"]
+    state.reservations = {"t2": Reservation("t2", ("a0",), 15.0, due=False)}
+    assert [r.task_id for r in decide(state, 16.0, S).reservations] == ["t2"]
+
+
+def test_behind_a_due_gang_that_has_to_wait_nobody_reserves_what_it_needs():
+    """Else small tasks that come would start one after another, and never all of its nodes would be free at once."""
+    first = Reservation("t1", ("a0",), 10.0, due=True)
+    tasks = [runs("x", "u9", "a0"), runs("y", "u9", "a1", since_s=2.0), waits("t1", "u1", since_s=0.5)]
+    tasks += [waits("gang", "u2", 2, since_s=1.0), waits("t3", "u3", since_s=1.5)]
+    assert decide(FleetState(zone("a", 2), tasks, reservations=[first]), 5.0, S).reservations == (first,)
+    ripe = [runs(f"r{i}", "u8", f"a{i}", since_s=-99.0) for i in range(1, 40)]
+    gang, new = waits("gang", "u2", 40, since_s=-999.0), waits("t3", "u3", since_s=5.0)
+    state = crowded(5.0, runs("x", "u9", "a0"), *ripe, waits("t1", "u1", since_s=-1000.0), new, u8=9e5)
+    state.reservations = {"t1": first}
+    assert [r.task_id for r in decide(state, 5.0, S).reservations] == ["t1", "t3"]
+    state.put(gang)
+    assert [r.task_id for r in decide(state, 5.0, S).reservations] == ["t1"]
 
 
 def test_the_next_decision_comes_when_a_slice_ends_a_turn_is_due_or_nodes_are_ready():
