@@ -1,4 +1,4 @@
-"""A layer's products against the parameter counts, its exchange by hand and by drawing, its time against the profile."""
+"""A layer's products against the parameter counts, its exchange by hand and by drawing, its time by the profile."""
 
 import random
 from dataclasses import replace

@@ -36,7 +36,7 @@ def test_ranks_together_hold_every_number_once(name: str):
 
 
 def test_an_ordinary_rank_of_v3_by_hand():
-    """Eight MoE layers of DualPipe's two stages, EP64 of 256: four experts a layer; a layer's numbers from the report."""
+    """Eight MoE layers of DualPipe's two stages, EP64 of 256: four experts a layer."""
     layers = RankLayers(0, 8, False, False)
     parameters = rank_parameters(V3, COUNTS, layers, 64)
     dense = 8 * (187_107_328 + 44_040_192)
@@ -47,8 +47,8 @@ def test_an_ordinary_rank_of_v3_by_hand():
     assert memory.weights == pytest.approx((dense + experts) * (1 + 4 / 16384) + 2 * plain)
     assert memory.gradients == 4 * (dense + experts + plain)
     assert memory.optimizer == pytest.approx(8 * ((dense + plain) / 128 + experts / 2))
-    # Per token and layer: two BF16 hidden states, latents 1536 + 576 in BF16, attention's output 128 x 128 in 12 bits and
-    # its sums, the gate's scores in FP32, eight FP8 hidden states dispatched, nine SwiGLU inputs of 4,096 in FP8.
+    # Per token and layer: two BF16 hidden states, latents 1536 + 576 in BF16, attention's output 128 x 128 in 12 bits
+    # and its sums, the gate's scores in FP32, eight FP8 hidden states dispatched, nine SwiGLU inputs of 4,096 in FP8.
     kept = 2 * 2 * 7168 + 2 * 2112 + 1.5 * 16384 + 4 * 128 + 4 * 256 + 8 * 7168 + 9 * 4096
     assert layer_activations(V3, SPREAD, moe=True) == kept == 153_216
     assert memory.activations == pytest.approx(17 * 4 * 4096 * kept)
@@ -56,7 +56,7 @@ def test_an_ordinary_rank_of_v3_by_hand():
 
 
 def test_the_report_s_layout_fits_its_card():
-    """PP16, EP64, ZeRO-1, DualPipe, V3's recomputation on 80 GB cards, as trained: the fullest rank has embedding and head."""
+    """PP16, EP64, ZeRO-1, DualPipe, V3's recomputation, as trained: the fullest rank has embedding and head."""
     pipeline = Pipeline("dualpipe", 16, 120, 2)
     ranks = place_layers(3, 61, pipeline, tail=3.2)
     assert ranks is not None
