@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from fireflyer import __version__
-from fireflyer.cli import bench, chat, demo, export, fleet, generate, inspect, pretrain
+from fireflyer.cli import bench, chat, demo, export, fleet, generate, inspect, plan, pretrain
 from fireflyer.errors import Stopped, UserError
 
 VERBS = {
@@ -27,6 +27,7 @@ VERBS = {
     "chat": chat,
     "bench": bench,
     "inspect": inspect,
+    "plan": plan,
     "fleet": fleet,
 }
 
