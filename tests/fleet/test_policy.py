@@ -9,7 +9,7 @@ import pytest
 
 from fireflyer.errors import UserError
 from fireflyer.fleet.decision import Settings
-from fireflyer.fleet.fair_share import Usage, decayed, usage_of
+from fireflyer.fleet.fair_share import Usage, decayed
 from fireflyer.fleet.placement import Board
 from fireflyer.fleet.policy import check_size, decide
 from fireflyer.fleet.state import FleetState, Node, Reservation, Task
@@ -375,8 +375,6 @@ def test_usage_fades_with_its_half_life_and_grows_with_what_is_held():
     for i in range(steps):  # three nodes for 80 s, summed step by step
         total += 3 * (80.0 / steps) * 0.5 ** ((80.0 - 80.0 * (i + 0.5) / steps) / 50.0)
     assert decayed(Usage(as_of_s=0.0), 3, 80.0, half_life_s=50.0) == pytest.approx(total, rel=1e-6)
-    assert usage_of([(0.0, 80.0, 3)], 80.0, 50.0) == pytest.approx(total, rel=1e-6)
-    assert usage_of([(0.0, 80.0, 3)], 130.0, 50.0) == pytest.approx(total / 2, rel=1e-6)
 
 
 def test_turns_on_one_node_are_strict_and_on_many_they_leave_time():

@@ -7,7 +7,6 @@ number of held nodes stays the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -30,12 +29,3 @@ def decayed(usage: Usage, num_nodes: int, now_s: float, half_life_s: float) -> f
     elapsed_s = max(0.0, now_s - usage.as_of_s)
     kept = 0.5 ** (elapsed_s / half_life_s)
     return usage.node_seconds * kept + num_nodes * (1.0 - kept) * half_life_s / math.log(2.0)
-
-
-def usage_of(spans: Iterable[tuple[float, float, int]], now_s: float, half_life_s: float) -> float:
-    """Decayed node-seconds at `now_s` of spans (start_s, end_s, num_nodes), the running ones with end_s = now_s."""
-    total = 0.0
-    for start_s, end_s, num_nodes in spans:
-        held = decayed(Usage(as_of_s=start_s), num_nodes, min(end_s, now_s), half_life_s)
-        total += held * 0.5 ** (max(0.0, now_s - end_s) / half_life_s)
-    return total

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fireflyer.fleet.fair_share import Usage, decayed
 from fireflyer.fleet.policy import Settings, decide
 from fireflyer.fleet.state import FleetState
 
@@ -28,16 +27,14 @@ def forecast(state: FleetState, now_s: float, settings: Settings, stop_s: float)
             break
         for task in list(state.stopping.values()):
             if task.since_s + stop_s <= now_s:
-                _accrue(state, task.user, now_s, settings)
+                state.charge(task.user, now_s, settings.half_life_s)
                 state.put(replace(task, phase="waiting", nodes=(), since_s=now_s))
         decision = decide(state, now_s, settings)
         for name in decision.suspends:
             state.put(replace(state.tasks[name], phase="stopping", since_s=now_s))
         for name, start in decision.starts.items():
             task = state.tasks[name]
-            turn_s = now_s if start.turn else state.usage.get(task.user, Usage()).last_turn_s
-            _accrue(state, task.user, now_s, settings)
-            state.usage[task.user] = replace(state.usage[task.user], last_turn_s=turn_s)
+            state.charge(task.user, now_s, settings.half_life_s, start.turn)
             state.put(replace(task, phase="running", nodes=start.nodes, kept_nodes=(), since_s=now_s))
             starts.setdefault(name, now_s)
         state.reservations = {reservation.task_id: reservation for reservation in decision.reservations}
@@ -47,10 +44,3 @@ def forecast(state: FleetState, now_s: float, settings: Settings, stop_s: float)
             break
         now_s = max(min(soonest), now_s + 1e-3)
     return {name: start_s for name, start_s in starts.items() if name in waiting}
-
-
-def _accrue(state: FleetState, user: str, now_s: float, settings: Settings) -> None:
-    """Bring a user's usage up to now, before the number of nodes they hold changes."""
-    usage = state.usage.get(user, Usage(as_of_s=now_s))
-    total = decayed(usage, state.held.get(user, 0), now_s, settings.half_life_s)
-    state.usage[user] = replace(usage, node_seconds=total, as_of_s=now_s)

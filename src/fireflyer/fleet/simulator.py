@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from fireflyer.fleet.baselines import Outlook, Scheduler
-from fireflyer.fleet.fair_share import Usage, decayed
 from fireflyer.fleet.state import FleetState, Node, Task
 from fireflyer.fleet.workload import Submission
 
@@ -187,7 +186,7 @@ class Simulation:
 
     def _start(self, task_id: str, nodes: tuple[str, ...], turn: bool) -> None:
         task, job = self.state.tasks[task_id], self.jobs[task_id]
-        self._charge(task, turn)
+        self.state.charge(task.user, self.now_s, self.half_life_s, turn)
         self.state.put(
             replace(
                 task, phase="running", nodes=nodes, kept_nodes=(), since_s=self.now_s, num_slices=task.num_slices + 1
@@ -209,7 +208,7 @@ class Simulation:
         task = self.state.tasks[task_id]
         if task.phase != "running":
             return False
-        self._charge(task)
+        self.state.charge(task.user, self.now_s, self.half_life_s)
         self.state.remove(task_id)
         self._hold(job, -task.num_nodes)
         self._count_start(job, task.num_nodes, self.now_s)
@@ -275,7 +274,7 @@ class Simulation:
         """Back to waiting."""
         task, job = self.state.tasks[task_id], self.jobs[task_id]
         since_s = job.submission.submitted_s if self.scheduler.keeps_place else self.now_s
-        self._charge(task)
+        self.state.charge(task.user, self.now_s, self.half_life_s)
         self.state.put(replace(task, phase="waiting", nodes=(), kept_nodes=kept, since_s=since_s))
         self._hold(job, -task.num_nodes)
         self.outlook.takes_s[task_id] = self.costs.start_s + job.left_s
@@ -299,12 +298,6 @@ class Simulation:
     def _count(self, what: str, when_s: float, node_seconds: float) -> None:
         if when_s >= 0.0:
             setattr(self.outcome.account, what, getattr(self.outcome.account, what) + node_seconds)
-
-    def _charge(self, task: Task, turn: bool = False) -> None:
-        """Bring a user's usage up to now, before the number of nodes they hold changes."""
-        old = self.state.usage.get(task.user, Usage(as_of_s=self.now_s))
-        had = decayed(old, self.state.held.get(task.user, 0), self.now_s, self.half_life_s)
-        self.state.usage[task.user] = Usage(had, self.now_s, self.now_s if turn else old.last_turn_s)
 
     def _hold(self, job: Job, num_nodes: int) -> None:
         self.held[job.submission.user] = self.held.get(job.submission.user, 0) + num_nodes

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from fireflyer.fleet.fair_share import Usage
+from fireflyer.fleet.fair_share import Usage, decayed
 
 Health = Literal["up", "drained", "lost"]
 Phase = Literal["waiting", "running", "stopping"]
@@ -189,6 +189,12 @@ class FleetState:
             if node.health == "up":
                 room[node.zone] = room.get(node.zone, 0) + 1
         return room
+
+    def charge(self, user: str, now_s: float, half_life_s: float, turn: bool = False) -> None:
+        """Bring a user's usage up to now: before the number of nodes they hold changes. turn: Start.turn."""
+        old = self.usage.get(user, Usage(as_of_s=now_s))
+        had = decayed(old, self.held.get(user, 0), now_s, half_life_s)
+        self.usage[user] = Usage(had, now_s, now_s if turn else old.last_turn_s)
 
     def spans_zones(self, nodes: Iterable[str]) -> bool:
         return len({self.zone_of[name] for name in nodes}) > 1
