@@ -194,7 +194,7 @@ class Engine:
             self._scheduler.computed(span.answer)
             if span.answer.finished:
                 self._drop(span.answer)
-        return list({span.answer.request.request_id: span.answer.request for span in batch.spans}.values())
+        return list(dict.fromkeys(span.answer.request for span in spans))
 
     def _sample(self, batch: Batch, hidden_ND: Tensor, routing: list[Routing]) -> None:
         """Choose tokens for all rows that reach the end of what is known, and accept them."""
@@ -273,6 +273,7 @@ class Engine:
     def _recover(self, failed: list[Answer], error: BaseException) -> None:
         """Out of the middle of a step: every answer begins anew from the tokens it has, in an empty pool."""
         for answer in failed:
+            answer.forget_latents()
             if not answer.finished:
                 answer.finish("error", error=f"the engine failed: {error}")
         self._requests = {name: request for name, request in self._requests.items() if not request.finished}
