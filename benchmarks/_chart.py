@@ -8,7 +8,7 @@ from html import escape
 from math import ceil, floor, log10
 
 WIDTH, HEIGHT = 760, 440
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 50, 50
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 30, 50, 50
 
 
 @dataclass(frozen=True)

@@ -68,13 +68,13 @@ def test_exchange_by_hand():
     assert exchange_seconds(V3, replace(PROFILED, precision="bf16")) > expected * 1.3
 
 
-@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2-lite"])
-@pytest.mark.parametrize("places", [1, 2, 4, 8, 16, 64])
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2", "deepseek-v2-lite"])
+@pytest.mark.parametrize("places", [1, 2, 5, 8, 18, 64])
 def test_places_reached_by_drawing(name: str, places: int):
     config = load_config(name)
     draw = random.Random(places)
     experts, groups = config.n_routed_experts, config.n_group
-    size, total, draws = experts // groups, 0, 4000
+    size, total, draws = experts // groups, 0, 2000
     for _ in range(draws):
         open_groups = draw.sample(range(groups), config.topk_group)
         reachable = [group * size + place for group in open_groups for place in range(size)]

@@ -97,6 +97,19 @@ def test_production_s_units_bound_what_production_reached():
     assert 0.4 * 8 * plan.prefill.tokens_per_s_per_gpu < fresh < 8 * plan.prefill.tokens_per_s_per_gpu
 
 
+def test_a_larger_unit_must_be_faster():
+    """Of all sizes, the smallest within 1% of the fastest."""
+    plan = plan_serving(JOB, None, None)
+    assert plan is not None
+    speeds = {
+        gpus: unit.tokens_per_s_per_gpu
+        for gpus in (16, 32, 64, 72, 128, 144, 256, 320)
+        if (unit := decode_unit(JOB, gpus))
+    }
+    assert plan.decode.gpus == min(gpus for gpus, speed in speeds.items() if speed >= 0.99 * max(speeds.values()))
+    assert plan.prefill.gpus == 16
+
+
 def test_drafts_and_cache_hits_help():
     plain, drafted = (decode_unit(replace(JOB, mtp_acceptance=share), 144) for share in (0.0, 0.85))
     assert plain is not None

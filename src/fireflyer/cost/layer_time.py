@@ -7,6 +7,8 @@ backward and weight gradients, and the seconds of all-to-all that a schedule may
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
 from math import comb
 
 from fireflyer.config import ModelConfig
@@ -190,21 +192,25 @@ def exchange_seconds(config: ModelConfig, rank: Rank) -> float:
 def places_reached(config: ModelConfig, places: int) -> float:
     """Of so many nodes or GPUs with equal shares of the experts, how many a token goes to: the mean over even routing.
 
-    The chosen experts lie in `topk_group` of `n_group` groups, each group on one node or spread over whole ones.
+    The chosen experts lie in `topk_group` of the `n_group` groups; experts lie on the places in their order.
     """
-    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
-    groups, open_groups = config.n_group, config.topk_group
+    shape = config.n_routed_experts, config.num_experts_per_tok, config.n_group, config.topk_group
+    return _places_reached(*shape, places)
+
+
+@lru_cache(maxsize=4096)
+def _places_reached(experts: int, chosen: int, groups: int, open_groups: int, places: int) -> float:
+    held = [[0] * groups for _ in range(places)]
+    for expert in range(experts):
+        held[expert * places // experts][expert * groups // experts] += 1
     reachable = experts // groups * open_groups
-    if places <= groups:
-        of_a_place = groups // places
-        likely = [
-            (comb(of_a_place, j) * comb(groups - of_a_place, open_groups - j) / comb(groups, open_groups), j)
-            for j in range(max(0, open_groups - groups + of_a_place), min(of_a_place, open_groups) + 1)
-        ]
-        missed = sum(p * _none_of(reachable, j * experts // groups, chosen) for p, j in likely)
-        return places * (1 - missed)
-    part = max(1, experts // places)
-    return places * open_groups / groups * (1 - _none_of(reachable, part, chosen))
+    opened = list(combinations(range(groups), open_groups))
+    reached = sum(
+        1 - _none_of(reachable, sum(of_group[group] for group in open_ones), chosen)
+        for of_group in held
+        for open_ones in opened
+    )
+    return reached / len(opened)
 
 
 def _none_of(all_of_them: int, special: int, drawn: int) -> float:

@@ -81,7 +81,13 @@ def plan_serving(job: ServingJob, prefill_gpus: int | None, decode_gpus: int | N
     decodes = [unit for gpus in _units(job, decode_gpus) if (unit := decode_unit(job, gpus))]
     if not prefills or not decodes:
         return None
-    return ServingPlan(*(max(units, key=lambda unit: unit.tokens_per_s_per_gpu) for units in (prefills, decodes)))
+    return ServingPlan(_best(prefills), _best(decodes))
+
+
+def _best(units: list[Unit]) -> Unit:
+    """The smallest unit whose speed per GPU is within 1% of the fastest's: a larger one is no gain, and fails whole."""
+    fastest = max(unit.tokens_per_s_per_gpu for unit in units)
+    return next(unit for unit in units if unit.tokens_per_s_per_gpu >= 0.99 * fastest)
 
 
 def unit_complaint(job: ServingJob, prefill_gpus: int | None, decode_gpus: int | None, name: str) -> str:
