@@ -109,5 +109,7 @@ def test_context_ranks_share_queries_and_gather_keys():
     long = replace(PROFILED, seq_len=131072, tokens=131072, ep=1, hides_exchange=False)
     spread = replace(long, tokens=131072 // 8, cp=8)
     whole, part = (block_times(V3, rank, moe=False) for rank in (long, spread))
+    keys_and_values = [shape for shape in attention_products(V3, spread.tokens, 8) if shape[1] == 128 * (128 + 128)]
+    assert keys_and_values == [(131072, 32768, 512, 1)]  # each rank makes them for all of the sequence
     assert whole.forward / 8 < part.forward < whole.forward / 8 * 1.2
     assert part.exchange_forward == pytest.approx(131072 // 8 * 7 * 576 * 2 / 50e9)

@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--count", type=_count, metavar="N", help="how many (default 2048; with --serve 352)")
     parser.add_argument("--hardware", metavar="FILE", help="TOML that adds cards or changes their numbers")
     parser.add_argument("--sources", action="store_true", help="show the cards and where each number comes from")
-    parser.add_argument("--usd-per-hour", type=_positive, metavar="X", help="rent of one card (default the table's)")
+    parser.add_argument("--usd-per-hour", type=_number, metavar="X", help="rent of one card (default the table's)")
     parser.add_argument("--precision", choices=("fp8", "bf16"), help="of the products (default fp8 where the card can)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     _add_training(parser)
@@ -50,12 +50,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--hours-per-trillion",
-        type=_positive,
+        type=_above_zero,
         metavar="H",
         help="device hours per trillion tokens, where you know them",
     )
-    group.add_argument("--context-hours", type=_positive, metavar="H", help="of context extension (default as V3's)")
-    group.add_argument("--post-hours", type=_positive, metavar="H", help="of post-training (default as V3's)")
+    group.add_argument("--context-hours", type=_number, metavar="H", help="of context extension (default as V3's)")
+    group.add_argument("--post-hours", type=_number, metavar="H", help="of post-training (default as V3's)")
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +85,7 @@ def _add_serving(parser: argparse.ArgumentParser) -> None:
         "--mtp-acceptance", type=_share, default=0.0, metavar="P", help="of MTP drafts (default 0: none)"
     )
     group.add_argument(
-        "--user-speed", type=_positive, default=20.0, metavar="N", help="least tokens/s of each user (default 20)"
+        "--user-speed", type=_above_zero, default=20.0, metavar="N", help="least tokens/s of each user (default 20)"
     )
     group.add_argument("--prefill-unit", type=_count, metavar="N", help="GPUs of a prefill unit (default searched)")
     group.add_argument("--decode-unit", type=_count, metavar="N", help="GPUs of a decode unit (default searched)")
@@ -98,7 +98,7 @@ def _count(text: str) -> int:
     return int(value)
 
 
-def _positive(text: str) -> float:
+def _number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -108,8 +108,15 @@ def _positive(text: str) -> float:
     return value
 
 
+def _above_zero(text: str) -> float:
+    value = _number(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a number above 0")
+    return value
+
+
 def _share(text: str) -> float:
-    value = _positive(text)
+    value = _number(text)
     if value >= 1:
         raise argparse.ArgumentTypeError(f"{text!r} isn't a share: give 0 to below 1, as 0.85")
     return value

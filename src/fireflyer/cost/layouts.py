@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import isqrt
 from typing import TypeVar
 
 from fireflyer.config import ModelConfig
@@ -128,4 +129,5 @@ def _choices(fixed: _T | None, others: list[_T]) -> list[_T]:
 
 @lru_cache(maxsize=4096)
 def divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    lower = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return sorted({*lower, *(number // d for d in lower)})

@@ -39,8 +39,6 @@ def training_cost(
     """
     predicted = job.count / plan.tokens_per_s * 1e12 / 3600
     rate = predicted if hours_per_trillion is None else hours_per_trillion
-    if rate <= 0:
-        rate = predicted
     speed = job.count * 1e12 / 3600 / rate
     hours = tokens / 1e12 * rate
     ratio = rate / v3_run.GPU_HOURS_PER_TRILLION_TOKENS
