@@ -6,7 +6,8 @@ Two rules, in this order:
    longest gets its nodes for at least one slice. When serving all in the order of their waits would only just keep that
    promise, turns are *due*: they are given in that order, and may stop any task that has had its slice.
 2. **Least served first.** Otherwise the user who had the fewest node-seconds per weight, faded with a half-life, comes
-   first, and may stop tasks of users who had clearly more. Nodes that then are still free go to whoever fits.
+   first, and may stop tasks of users who had clearly more; a first slice comes sooner than later ones (`offers.py`).
+   Nodes that then are still free go to whoever fits.
 
 A task is never stopped before its slice is over, so freeing nodes for a gang takes one slice and one stop at most.
 Reservations carry that over from one decision to the next.
