@@ -87,7 +87,8 @@ class AsyncEngine:
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
-        self._lock = threading.Lock()  # guards all below
+        # Guards all below. Re-entrant, since a dropped request may be collected, and given up, anywhere.
+        self._lock = threading.RLock()
         self._arrived: list[RequestParts] = []
         self._given_up: list[str] = []
         self._thread: threading.Thread | None = None
@@ -171,17 +172,8 @@ class AsyncEngine:
             with self.llm.lock:
                 self._step(arrived, given_up)
                 news = [(request, parts, request.take_parts()) for request, parts in streams.values()]
-                if not self.llm.engine.unfinished:
-                    self.llm.engine.check_integrity()
-            for request, reference, new in news:
-                parts = reference()
-                if parts is None:
-                    self.abort(request.request_id)
-                elif new:
-                    parts.deliver(new)
-                if request.finished:
-                    with self._lock:
-                        del self._streams[request.request_id]
+            for request, reference, parts in news:
+                self._deliver(request, reference, parts)
 
     def _step(self, arrived: list[Request], given_up: list[str]) -> None:
         engine = self.llm.engine
@@ -193,7 +185,17 @@ class AsyncEngine:
         for request_id in given_up:
             engine.abort(request_id)
         try:
-            if engine.unfinished:
-                engine.step()
+            engine.step()
         except Exception:
             _log.exception("a step failed; its requests ended with an error, the others go on")
+
+    def _deliver(self, request: Request, reference: weakref.ref[RequestParts], parts: list[StreamPart]) -> None:
+        # No reference outlives this call: dropping the last one elsewhere is how a request is given up.
+        listener = reference()
+        if listener is None:
+            self.abort(request.request_id)
+        elif parts:
+            listener.deliver(parts)
+        if request.finished:
+            with self._lock:
+                del self._streams[request.request_id]
