@@ -114,6 +114,20 @@ def test_layers_are_placed_as_evenly_as_a_search_over_all_counts_would(schedule:
     assert placed[0].dense == 3 or ranks == 16
 
 
+def test_dense_layers_are_in_the_first_stages():
+    """Interleaved, a rank's first stage has about half of its layers, and dense ones beyond it go to the next rank."""
+    placed = place_layers(3, 61, Pipeline("interleaved", 16, 32, 2), tail=3.2)
+    assert placed is not None
+    assert [rank.dense for rank in placed] == [2, 1, 0]
+    assert place_layers(3, 61, Pipeline("1f1b", 16, 32), 3.2)[0].dense == 3  # pyright: ignore[reportOptionalSubscript]
+
+
+def test_logits_pass_through_the_last_rank():
+    tail = RankLayers(0, 2, False, True)
+    memory = rank_memory(V3, tail, rank_parameters(V3, COUNTS, tail, 64), SPREAD)
+    assert memory.buffers == 4096 * (2 + 4) * 129_280  # BF16 logits and their FP32 gradient
+
+
 def test_more_stages_than_layers_cannot_be():
     assert place_layers(0, 6, Pipeline("interleaved", 4, 8, 2), 1.0) is None
     assert place_layers(0, 8, Pipeline("interleaved", 4, 8, 2), 0.1) is not None

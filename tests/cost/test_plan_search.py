@@ -73,6 +73,45 @@ def test_context_ranks_are_tried_where_sequences_are_long():
     assert {layout.cp for layout in layouts(RUN, Wanted())} == {1}
 
 
+def test_context_ranks_are_left_out_where_sequences_are_short():
+    assert {layout.cp for layout in layouts(replace(RUN, seq_len=16384), Wanted())} == {1}
+    assert RUN.memory_bytes == pytest.approx(84.94e9 * 0.95)
+
+
+def _judged(layout: Layout, **changes: float):
+    plan = Judge(replace(RUN, gpu=replace(RUN.gpu, **changes)))(layout)
+    assert plan is not None
+    return plan
+
+
+def test_a_chunk_shows_what_is_not_hidden():
+    """Without overlap the passing of 4,096 BF16 hidden states lies open; with it the longer of two parts counts."""
+    slow, fast = (_judged(replace(REPORTED, ep=1, schedule="1f1b", chunks=1), network_gb_per_s=g) for g in (50, 1e9))
+    assert slow.times.forward - fast.times.forward == pytest.approx(2 * 4096 * 7168 / 50e9)
+    assert slow.times.backward - fast.times.backward == pytest.approx(2 * 4096 * 7168 / 50e9)
+    bound = _judged(REPORTED, network_gb_per_s=5)
+    exchanged = bound.all_to_all_s / 120 + 2 * 2 * 4096 * 7168 / 5e9
+    assert bound.times.overlapped == pytest.approx(exchanged / HARDWARE.kernels.compute_busy)
+    assert _judged(REPORTED, network_gb_per_s=1e9).times.overlapped == _judged(REPORTED).times.overlapped
+
+
+def test_gradients_hide_behind_the_backward_as_far_as_it_lasts():
+    seconds = {
+        (zero, link): _judged(replace(REPORTED, zero=zero), network_gb_per_s=link).step.gradients
+        for zero in (1, 2, 3)
+        for link in (10, 1000)
+    }
+    assert seconds[1, 10] < seconds[2, 10] < seconds[3, 10]
+    assert seconds[1, 1000] == seconds[2, 1000] == seconds[3, 1000]
+    assert seconds[1, 10] == pytest.approx(100 * seconds[1, 1000])
+
+
+def test_the_optimizer_touches_a_rank_s_share_only():
+    """Of eight layers: four experts each, which two data ranks share, and what all 128 share."""
+    ordinary = 8 * 4 * 44_040_192 / 2 + 8 * (187_107_328 + 44_040_192) / 128
+    assert _judged(REPORTED).step.optimizer == pytest.approx(22 * ordinary / 3350e9, rel=0.02)
+
+
 def test_what_is_fixed_stays_fixed():
     wanted = Wanted(pp=8, dp=256, ep=16, zero=2, micro_batch=2, recompute="full", schedule="1f1b")
     found = search(RUN, wanted)
