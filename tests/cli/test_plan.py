@@ -101,6 +101,8 @@ REFUSED = [
     ("deepseek-v3 --ep 48", "give 32 or 64"),
     ("deepseek-v3 --count 16", "the nearest that fits is --count 128"),
     ("deepseek-v3 --serve --count 8", "the nearest that fits is --count 16"),
+    ("deepseek-v3 --serve --decode-unit 8", "the nearest that fits is --decode-unit 16"),
+    ("deepseek-v3 --serve --decode-unit 512", "give --count 512"),
     ("deepseek-v3 --tokens many", "'many'"),
     ("deepseek-v3 --count 0", "--count"),
     ("deepseek-v3 --hours-per-trillion 0", "isn't a number above 0"),

@@ -7,11 +7,14 @@ import pytest
 from fireflyer.config import load_config
 from fireflyer.cost import production_day
 from fireflyer.cost.hardware import load_hardware
+from fireflyer.cost.layer_time import Rank
 from fireflyer.cost.serving_plan import (
     ServingJob,
+    decode_layer,
     decode_step,
     decode_unit,
     experts_per_gpu,
+    low_latency_seconds,
     plan_serving,
     prefill_unit,
     unit_complaint,
@@ -79,6 +82,33 @@ def test_a_step_reads_weights_and_cache_at_least():
         assert step > decode_step(JOB, 144, max(1, batch // 2))[0] * 0.99
 
 
+def _rank(tokens: int, ep: int, precision: str = "fp8", gpu=JOB.gpu) -> Rank:
+    return Rank(HARDWARE, gpu, precision, tokens, 4096, 1, ep, "none", False)
+
+
+def test_exchange_is_deepep_s():
+    """128 tokens over 128 GPUs: 192 us out and 369 us back; BF16 takes twice as long on the way out."""
+    assert low_latency_seconds(JOB, _rank(128, 128)) == pytest.approx(561e-6)
+    assert low_latency_seconds(JOB, _rank(32, 128)) == pytest.approx(561e-6 / 4)
+    assert low_latency_seconds(JOB, _rank(128, 8)) == pytest.approx((77 + 114) * 1e-6)
+    assert low_latency_seconds(replace(JOB, precision="bf16"), _rank(128, 128)) == pytest.approx(753e-6)
+    faster = replace(JOB.gpu, network_gb_per_s=100, nvlink_gb_per_s=640)
+    assert low_latency_seconds(JOB, _rank(128, 128, gpu=faster)) == pytest.approx(561e-6 / 2)
+    assert low_latency_seconds(JOB, _rank(128, 8, gpu=faster)) == pytest.approx((77 + 114) * 1e-6 / 4)
+    assert low_latency_seconds(JOB, _rank(128, 1)) == 0
+
+
+def test_attention_is_bound_by_the_cache_or_by_its_products():
+    """4,096 more tokens in the cache of 64 requests: 576 numbers of BF16 each, or two products of 128 heads."""
+    longer = replace(JOB, prompt=JOB.prompt + 4096)
+    for gpu, expected in (
+        (replace(JOB.gpu, bf16_tflops=1e6, bf16_matmul_tflops=1e6), 64 * 4096 * 576 * 2 / 3000e9),
+        (JOB.gpu, 64 * 4096 * 2 * 128 * (576 + 512) / 660e12),
+    ):
+        short, long = (decode_layer(job, _rank(64, 144, gpu=gpu), 64, 1, moe=True) for job in (JOB, longer))
+        assert long - short == pytest.approx(expected)
+
+
 def test_two_micro_batches_pay_where_exchange_is_long():
     assert decode_step(JOB, 144, 128)[1] == 2
     assert decode_step(JOB, 144, 1)[1] == 1
@@ -114,6 +144,7 @@ def test_drafts_and_cache_hits_help():
     plain, drafted = (decode_unit(replace(JOB, mtp_acceptance=share), 144) for share in (0.0, 0.85))
     assert plain is not None
     assert drafted is not None
+    assert decode_step(replace(JOB, mtp_acceptance=0.85), 144, 128)[0] > 1.3 * decode_step(JOB, 144, 128)[0]
     assert 1.05 < drafted.tokens_per_s_per_gpu / plain.tokens_per_s_per_gpu < 1.85
     cold, warm = (prefill_unit(replace(JOB, cache_hits=share), 32) for share in (0.0, 0.5))
     assert cold is not None
@@ -133,6 +164,6 @@ def test_what_does_not_fit_names_what_does():
     job = replace(JOB, count=8)
     assert plan_serving(job, None, None) is None
     said = unit_complaint(job, None, None, "deepseek-v3")
-    assert "doesn't fit into units of 8 H800" in said
+    assert "doesn't fit into prefill units of 8 H800: weights take 103.4 GB of 80.7" in said
     assert "the nearest that fits is --count 16" in said
     assert plan_serving(replace(JOB, count=16), None, None) is not None

@@ -256,6 +256,9 @@ def serving(
     )
     if args.mtp_acceptance and not config.num_nextn_predict_layers:
         raise UserError(f"--mtp-acceptance {args.mtp_acceptance:g}: {args.config} has no MTP module; leave it out")
+    for option, gpus in (("--prefill-unit", args.prefill_unit), ("--decode-unit", args.decode_unit)):
+        if gpus is not None and gpus > job.count:
+            raise UserError(f"{option} {gpus} is more than --count {job.count}; give --count {gpus} or more")
     plan = plan_serving(job, args.prefill_unit, args.decode_unit)
     if plan is None:
         raise UserError(unit_complaint(job, args.prefill_unit, args.decode_unit, args.config))

@@ -91,19 +91,21 @@ def _best(units: list[Unit]) -> Unit:
 
 
 def unit_complaint(job: ServingJob, prefill_gpus: int | None, decode_gpus: int | None, name: str) -> str:
-    """Why no unit serves, with what would: one line."""
+    """Why there is no plan, with the nearest that fits: one line."""
     usable = job.gpu.memory_gb * (1 - RESERVED)
-    gpus = max([*_units(job, prefill_gpus), *_units(job, decode_gpus)])
+    kinds = [("prefill", prefill_gpus, prefill_unit), ("decode", decode_gpus, decode_unit)]
+    kind, fixed, make = next(k for k in kinds if not any(k[2](job, gpus) for gpus in _units(job, k[1])))
+    gpus = max(_units(job, fixed))
     held = weights_bytes(job.config, gpus, job.precision) / 1e9
     lead = (
-        f"{name} in {job.precision} doesn't fit into units of {gpus} {job.gpu.name}: weights take {held:.1f} GB of"
-        f" {usable:.1f} usable on each, beside cache and buffers"
+        f"{name} in {job.precision} doesn't fit into {kind} units of {gpus} {job.gpu.name}: weights take {held:.1f} GB"
+        f" of {usable:.1f} usable on each, beside cache and buffers"
     )
-    for larger in UNITS:
-        if larger > gpus and prefill_unit(job, larger) and decode_unit(job, larger):
-            where = f"--count {larger}" if prefill_gpus is decode_gpus is None else f"units of {larger} GPUs"
-            return f"{lead}; the nearest that fits is {where}"
-    return f"{lead}; give shorter prompts, another precision or a card with more memory"
+    fitting = [larger for larger in UNITS if make(job, larger)]
+    if not fitting:
+        return f"{lead}; give shorter prompts, another precision or a card with more memory"
+    option = "--count" if fixed is None else f"--{kind}-unit"
+    return f"{lead}; the nearest that fits is {option} {min(fitting)}"
 
 
 def _units(job: ServingJob, fixed: int | None) -> list[int]:
@@ -211,7 +213,7 @@ def decode_step(job: ServingJob, gpus: int, batch: int) -> tuple[float, int]:
         step = micro_batches * plain_product(rank, (rows, job.config.vocab_size, job.config.hidden_size, 1))
         for moe, layers in _layers(job.config):
             compute = decode_layer(job, rank, requests, rows_each, moe)
-            step += layers * _together(job, micro_batches, compute, _low_latency(job, rank) if moe else 0.0)
+            step += layers * _together(job, micro_batches, compute, low_latency_seconds(job, rank) if moe else 0.0)
         if job.mtp_acceptance:
             step *= 1 + 1 / job.config.num_hidden_layers  # the draft: one more layer
         choices.append((step, micro_batches))
@@ -259,7 +261,7 @@ def expert_products(config: ModelConfig, rows: int, gpus: int) -> list[Shape]:
     return products
 
 
-def _low_latency(job: ServingJob, rank: Rank) -> float:
+def low_latency_seconds(job: ServingJob, rank: Rank) -> float:
     """Dispatch and combine of one layer by DeepEP's low-latency kernels, in proportion to the bytes sent."""
     rates, config = job.hardware.all_to_all, job.config
     if rank.ep == 1:
