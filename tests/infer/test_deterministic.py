@@ -98,8 +98,22 @@ def test_answers_are_those_of_the_request_alone(setting, cache_dtype, mtp_model,
     for _ in range(2):
         assert answers(llm, prompts, params) == alone(cache_dtype)
     stats = llm.engine.stats
-    assert stats.preemptions > 0 if "preemption" in setting and cache_dtype == "fp32" else True
+    if "preemption" in setting and cache_dtype == "fp32":  # smaller numbers leave room for all
+        assert stats.preemptions > 0
     assert (stats.prefix_hit_tokens > 0) == SETTINGS[setting].get("prefix_cache", True)
+
+
+def test_drafts_that_are_accepted_leave_the_bits(trained):
+    """With a model whose MTP layers guess right, so that a step accepts several rows."""
+    prompts = [[10 + n, 20 + n, 30 + n] for n in range(4)]
+    params = [SamplingParams(temperature=n % 2, seed=n, max_tokens=24, ignore_eos=True, logprobs=2) for n in range(4)]
+    expected = []
+    for prompt, own in zip(prompts, params, strict=True):
+        expected += answers(make_llm(trained, num_speculative_tokens=0, prefix_cache=False), [prompt], [own])
+    for num_drafts in (1, 2, 4):
+        llm = make_llm(trained, num_speculative_tokens=num_drafts)
+        assert answers(llm, prompts, params) == expected
+        assert llm.engine.stats.accepted_tokens > 20
 
 
 def test_without_it_the_same_settings_differ(mtp_model, alone):
