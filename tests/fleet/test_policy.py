@@ -56,6 +56,15 @@ def test_a_users_own_tasks_take_turns_by_how_long_they_have_waited():
     assert {task: start.turn for task, start in starts.items()} == {"t2": True, "t3": False}
 
 
+def test_a_task_that_never_ran_goes_before_its_users_others_until_their_turn_is_due():
+    old, new = waits("t1", "u1", since_s=14.0, num_slices=1), waits("t2", "u1", since_s=15.0)
+    busy = [runs(f"r{i}", "u2", f"a{i}", since_s=14.0) for i in range(1, 40)]
+    starts = decide(crowded(16.0, *busy, old, new, u1=0.0, u2=0.0), 16.0, S).starts
+    assert [(task, start.turn) for task, start in starts.items()] == [("t2", False)]
+    starts = decide(FleetState(zone("a", 1), [old, new]), 16.0, S).starts
+    assert [(task, start.turn) for task, start in starts.items()] == [("t1", True)]
+
+
 def test_one_decision_divides_free_nodes_among_users():
     tasks = [waits(f"t{user}{i}", f"u{user}", since_s=float(user)) for user in range(3) for i in range(6)]
     starts = decide(FleetState(zone("a", 6), tasks), 9.0, S).starts

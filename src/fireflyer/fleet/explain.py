@@ -32,7 +32,7 @@ def waits(state: FleetState, now_s: float, settings: Settings) -> dict[str, Wait
                 reason = _reason(state, task, users_before, place, now_s)
                 found[task_id] = Wait(reason, max(since_s, turn.since_s) + place * promise_s)
     for sizes in state.waiting.values():
-        for size, queue in sizes.items():
+        for (size, _), queue in sizes.items():
             if not state.possible(size):
                 up = sum(state.num_up.values())
                 found |= {i: Wait(f"asks for {size} nodes; {up} of {len(state.nodes)} are up", None) for _, i in queue}

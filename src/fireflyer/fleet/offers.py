@@ -50,7 +50,7 @@ class Offers:
         will not.
         """
         full, quick, more_served = task.num_slices > 0, self._quick(task, holds), self._more_served(task, had)
-        wanted = sum(size * len(queue) for size, queue in self.state.waiting[task.user].items())
+        wanted = sum(size * len(queue) for (size, _), queue in self.state.waiting[task.user].items())
         found = [other for other in self._ripe_of(task.user, full) if other.num_nodes <= wanted]
         for place, user in enumerate(self._users if quick else self._users[:more_served]):
             if user == task.user:

@@ -144,14 +144,14 @@ class _Round:
         return Decision(self.starts, suspends, tuple(self.reservations.values()), self._wake_s())
 
     def _candidates(self, user: str) -> Iterator[Task]:
-        """The first waiting task of each size, those that have waited longest in front."""
+        """The user's next task of each size: those that never ran, then the others, the longest waiting in front."""
         firsts = []
-        for queue in self.state.waiting[user].values():
-            for entry in queue:
-                if entry[1] not in self.settled:
-                    firsts.append(entry)
+        for (_, begun), queue in self.state.waiting[user].items():
+            for since_s, task_id in queue:
+                if task_id not in self.settled:
+                    firsts.append((begun, since_s, task_id))
                     break
-        return (self.state.tasks[task_id] for _, task_id in sorted(firsts))
+        return (self.state.tasks[task_id] for _, _, task_id in sorted(firsts))
 
     def _restore(self, task: Task) -> None:
         """On the nodes it kept and one that is free or whose task has had its slice; elsewhere only if that fails."""

@@ -73,9 +73,9 @@ class Reservation:
 class FleetState:
     """The indexed state.
 
-    A node has one holder at most; `free` holds nodes that are up and have none. waiting: by user and size, running_of:
-    by user, both as (since_s, id) with the longest in front. room_of: nodes that the end of a task would free, by zone.
-    crossing: the task across zones. held: nodes by user.
+    A node has one holder at most; `free` holds nodes that are up and have none. held: nodes by user.
+    waiting: by user and (size, had a slice before), running_of: by user; both as (since_s, id), the longest in front.
+    room_of: nodes that the end of a task would free, by zone. crossing: the task across zones.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class FleetState:
         self.stopping: dict[str, Task] = {}
         self.interrupted: dict[str, Task] = {}
         self.limited: dict[str, Task] = {}
-        self.waiting: dict[str, dict[int, list[tuple[float, str]]]] = {}
+        self.waiting: dict[str, dict[tuple[int, bool], list[tuple[float, str]]]] = {}
         self.held: dict[str, int] = {}
         self.crossing: str | None = None
         self.usage: dict[str, Usage] = dict(usage or {})
@@ -118,7 +118,7 @@ class FleetState:
             self.remove(task.id)
         self.tasks[task.id] = task
         if task.phase == "waiting":
-            queue = self.waiting.setdefault(task.user, {}).setdefault(task.num_nodes, [])
+            queue = self.waiting.setdefault(task.user, {}).setdefault((task.num_nodes, task.num_slices > 0), [])
             insort(queue, (task.since_s, task.id))
             if task.kept_nodes:
                 self.interrupted[task.id] = task
@@ -144,7 +144,7 @@ class FleetState:
         task = self.tasks.pop(task_id)
         if task.phase == "waiting":
             by_size = self.waiting[task.user]
-            _take_out(by_size, task.num_nodes, (task.since_s, task_id))
+            _take_out(by_size, (task.num_nodes, task.num_slices > 0), (task.since_s, task_id))
             if not by_size:
                 del self.waiting[task.user]
             self.interrupted.pop(task_id, None)

@@ -55,5 +55,5 @@ def turns(state: FleetState, now_s: float, settings: Settings, had: Mapping[str,
 
 
 def _head(state: FleetState, user: str) -> Task | None:
-    heads = [queue[0] for size, queue in state.waiting[user].items() if state.possible(size)]
+    heads = [queue[0] for (size, _), queue in state.waiting[user].items() if state.possible(size)]
     return state.tasks[min(heads)[1]] if heads else None
