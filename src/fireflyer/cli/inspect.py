@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from fireflyer.cli.configs import find_model
+
 if TYPE_CHECKING:
     from fireflyer.config import ModelConfig
 
@@ -25,23 +27,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = _config(args.config)
+    config = find_model(args.config)
     facts = count(config)
     print(json.dumps(facts) if args.json else table(args.config, config, facts))
     return 0
-
-
-def _config(name: str) -> ModelConfig:
-    from fireflyer.config.files import find_config
-    from fireflyer.config.model_config import ModelConfig
-
-    path = find_config(name)
-    if path.suffix != ".toml":
-        return ModelConfig.from_file(path)
-    # A recipe may leave the vocabulary to its tokenizer, which its own reader knows.
-    from fireflyer.train.recipe import load_recipe
-
-    return load_recipe(name).model
 
 
 def count(config: ModelConfig) -> dict[str, Any]:

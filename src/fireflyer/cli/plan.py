@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from fireflyer.cli.configs import find_model
 from fireflyer.errors import UserError
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
     if args.config is None:
         raise UserError("no CONFIG given; name a model, as `fireflyer plan deepseek-v3`, or give --sources")
     gpu = hardware.gpu(args.gpu)
-    config = _config(args.config)
+    config = find_model(args.config)
     args.precision = args.precision or ("fp8" if gpu.fp8_tflops else "bf16")
     gpu.peak(args.precision)
     rent = gpu.usd_per_hour if args.usd_per_hour is None else args.usd_per_hour
@@ -152,19 +153,6 @@ def run(args: argparse.Namespace) -> int:
     facts, text = make(args, config, hardware, gpu, rent)
     print(json.dumps(facts) if args.json else text)
     return 0
-
-
-def _config(name: str) -> ModelConfig:
-    from fireflyer.config.files import find_config
-    from fireflyer.config.model_config import ModelConfig
-
-    path = find_config(name)
-    if path.suffix != ".toml":
-        return ModelConfig.from_file(path)
-    # A recipe may leave the vocabulary to its tokenizer, which its own reader knows.
-    from fireflyer.train.recipe import load_recipe
-
-    return load_recipe(name).model
 
 
 def training(
