@@ -98,6 +98,8 @@ class Conversation:
         cut = None
         try:
             for part in self._llm.stream_sync(self._encode(messages), self._params):
+                if part.error is not None:
+                    raise UserError(part.error)
                 written.append(part.text)
                 print(part.text, end="", flush=True)
                 if part.finish_reason == "length":

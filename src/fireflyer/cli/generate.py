@@ -67,6 +67,8 @@ def _generate(llm: LLM, prompt: str, params: SamplingParams, *, show: bool) -> d
     num_first, started = 0, time.perf_counter()
     first = started
     for part in llm.stream_sync(token_ids, params):
+        if part.error is not None:
+            raise UserError(part.error)
         if not written:
             num_first, first = len(part.token_ids), time.perf_counter()
         written += part.token_ids

@@ -61,7 +61,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.waiting) + sum(map(len, self._held.values()))
+        return len(self.waiting) + sum(map(len, list(self._held.values())))  # a copy: other threads read this
 
     def schedule(self) -> list[Span]:
         """The next step's spans, at most `max_step_tokens` rows in all, in blocks that are theirs."""
