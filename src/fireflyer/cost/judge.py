@@ -128,7 +128,7 @@ class Judge:
                 ep=layout.ep,
                 tokens=layout.micro_batch * job.seq_len // layout.cp,
                 stages_each=pipeline.stages_each,
-                chunks_held=pipeline.activations(last_rank=rank.tail and not rank.embedding),
+                chunks_held=pipeline.activations(rank.rank),
             )
             memories.append(rank_memory(job.config, rank, numbers, spread))
         return max(memories, key=lambda memory: memory.total)

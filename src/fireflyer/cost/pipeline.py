@@ -80,17 +80,14 @@ class Pipeline:
         chunks = self.micro_batches * (1 if self.schedule == "dualpipe" else 2)
         return chunks - self.stages - 1
 
-    def activations(self, last_rank: bool = False) -> int:
-        """Chunks whose activations a rank holds at once: the first rank, the fullest, or the last.
-
-        The DualPipes' ranks are all alike.
-        """
+    def activations(self, rank: int = 0) -> int:
+        """Chunks whose activations a rank holds at once: the first rank most, the DualPipes' ranks all alike."""
         if self.overlaps:
             return self.stages + 1
         chunks = self.micro_batches * self.chunks
         if self.schedule == "interleaved":
-            return min(chunks, self.ranks * (self.chunks + 1) - 1 - (2 * (self.ranks - 1) if last_rank else 0))
-        return min(chunks, 1 if last_rank else self.ranks)
+            return min(chunks, self.ranks * (self.chunks + 1) - 1 - 2 * rank)
+        return min(chunks, self.ranks - rank)
 
 
 def complaint(pipeline: Pipeline) -> str | None:

@@ -125,7 +125,7 @@ def experts_per_gpu(config: ModelConfig, gpus: int) -> int:
 
 
 def weights_bytes(config: ModelConfig, gpus: int, precision: str) -> float:
-    """On one GPU of a unit: everything but the routed experts, and its share of these. MTP modules are not counted."""
+    """On one GPU of a unit: everything but the routed experts, and its share of these. Without MTP."""
     counts = count_parameters(config)
     moe_layers = sum(config.is_moe(index) for index in range(config.num_hidden_layers))
     dense_layers = config.num_hidden_layers - moe_layers
@@ -139,7 +139,8 @@ def room_for_cache(job: ServingJob, gpus: int, rows: int) -> float:
     """Bytes that one GPU has left beside weights, logits and one layer's numbers for so many rows."""
     config = job.config
     at_work = max(4 * config.vocab_size * min(rows, 1024), 4 * rows * config.num_attention_heads * config.qk_head_dim)
-    used = weights_bytes(config, gpus, job.precision) + at_work
+    drafting = 1 + 1 / config.num_hidden_layers if job.mtp_acceptance else 1.0  # the MTP module weighs about a layer
+    used = weights_bytes(config, gpus, job.precision) * drafting + at_work
     return job.gpu.memory_gb * 1e9 * (1 - RESERVED) - used
 
 

@@ -13,16 +13,17 @@ from fireflyer.cost.pipeline import Pipeline
 
 @dataclass(frozen=True)
 class RankLayers:
-    """Layers of one rank: dense and with experts; whether the embedding, and the head with MTP, are on it."""
+    """Layers of one rank, dense and with experts; is the embedding on it, are the head and MTP; its number."""
 
     dense: int
     moe: int
     embedding: bool
     tail: bool
+    rank: int = 0
 
 
 def place_layers(num_dense: int, num_layers: int, pipeline: Pipeline, tail: float) -> list[RankLayers] | None:
-    """Ranks that differ: the first, the second and the last, of those there are; None: too many stages.
+    """Ranks that differ: the first two and the last two, of those there are; None: too many stages.
 
     Ranks that hold the same stages (DualPipe's r and ranks - 1 - r) are one. `tail`: time of head and MTP, in layers.
     """
@@ -40,7 +41,9 @@ def place_layers(num_dense: int, num_layers: int, pipeline: Pipeline, tail: floa
         range(fewest, most + 1), key=lambda count: (max(count + tail, -(-(num_layers - count) // others)), count)
     )
     share, extra = divmod(num_layers - beside_tail, others)
-    counts = [share + (index >= others - extra) for index in range(others)]  # the later ones take one more
+    counts = [
+        share + (index >= others - extra) for index in range(others)
+    ]  # later ones, which hold less else, take one more
     counts = [beside_tail, *counts] if tail_first else [*counts, beside_tail]
     return _representatives(counts, num_dense, stages_each, tail_first)
 
@@ -55,5 +58,5 @@ def _representatives(counts: list[int], num_dense: int, stages_each: int, tail_f
         dense = min(dense_left, room)
         dense_left -= dense
         tail = index == (0 if tail_first else last)
-        ranks.append(RankLayers(dense, count - dense, embedding=index == 0, tail=tail))
-    return [ranks[index] for index in sorted({0, 1, last})]
+        ranks.append(RankLayers(dense, count - dense, embedding=index == 0, tail=tail, rank=index))
+    return [ranks[index] for index in sorted({0, 1, last - 1, last})]
