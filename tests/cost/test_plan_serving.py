@@ -160,6 +160,14 @@ def test_small_models_need_no_cluster():
     assert plan.decode.tokens_per_s_per_gpu > 1000
 
 
+def test_one_request_reads_its_own_experts_only():
+    """V2-Lite in BF16 on an A100: more than 2.45e9 active numbers, far less than all 15.7e9."""
+    job = ServingJob(load_config("deepseek-v2-lite"), HARDWARE, HARDWARE.gpu("A100"), 1, "bf16", 2048, 256)
+    step, micro_batches = decode_step(job, 1, 1)
+    assert 2 * 2.45e9 / 2000e9 < step < 0.4 * 2 * 15.7e9 / 2000e9
+    assert micro_batches == 1
+
+
 def test_what_does_not_fit_names_what_does():
     job = replace(JOB, count=8)
     assert plan_serving(job, None, None) is None
