@@ -60,6 +60,7 @@ class StreamPart:
     prompt_logprobs: in the first part of answer 0, where asked for.
     drafted: for each of `token_ids`, whether the MTP layers had guessed it; None while nothing is drafted.
     experts: for each of `token_ids` and each MoE layer, the experts that answered, best first; where asked for.
+    num_drafted, num_accepted: tokens that the MTP layers proposed for this answer so far, and of these the right ones.
     """
 
     text: str
@@ -72,6 +73,8 @@ class StreamPart:
     drafted: list[bool] | None = None
     experts: list[list[list[int]]] | None = None
     num_cached_tokens: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
     error: str | None = None
 
     def __str__(self) -> str:

@@ -130,6 +130,8 @@ class Answer:
             drafted=self.drafted[new] if self.num_drafted else None,
             experts=self.experts[new] if request.report_experts else None,
             num_cached_tokens=request.num_cached_tokens or 0,
+            num_drafted=self.num_drafted,
+            num_accepted=self.num_accepted,
             error=self.error,
         )
 

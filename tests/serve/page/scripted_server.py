@@ -22,7 +22,8 @@ LAYERS, EXPERTS, CHOSEN = 3, 16, 2
 
 @dataclass
 class Script:
-    """One answer: pieces of a token each. `status` other than 200: an error with `content` as its message."""
+    """One answer: pieces of a token each. `status` other than 200: an error with `content` as its message.
+    `cut_after`: so many pieces, and the connection breaks. `done`: whether the stream says that it ends."""
 
     content: str = ""
     reasoning: str = ""
@@ -32,6 +33,7 @@ class Script:
     pause_s: float = 0.0
     cut_after: int | None = None
     finish: str = "stop"
+    done: bool = True
 
 
 @dataclass
@@ -100,7 +102,8 @@ class ScriptedServer:
             speed = sent / (time.monotonic() - begun + 1e-9)
             yield _event(choices=[], usage={"prompt_tokens": 9}, fireflyer={"acceptance": 0.875, "tokens_per_s": speed})
             ended = True
-            yield "data: [DONE]\n\n"
+            if script.done:
+                yield "data: [DONE]\n\n"
         finally:
             self.running -= 1
             self.left += not ended

@@ -13,7 +13,7 @@ from .scripted_server import CHOSEN, EXPERTS, LAYERS, Script
 
 MARKDOWN = r"""# Roots
 
-The roots of $x^2 - 5x + 6 = 0$ are \(2\) and \(3\); it costs $5 and $6.
+The roots of $x^2 - 5x + 6 = 0$ are \(2\) and \(3\); it costs $5 and $6, $7-$8.
 
 $$x = \frac{5 \pm \sqrt{25 - 24}}{2}$$
 
@@ -33,7 +33,9 @@ Therefore \boxed{x = \frac{6}{2}}.
 
 
 def test_thinking_stands_apart(visit, server):
-    server.scripts["riddle"] = Script("It is **time**.", reasoning="Let me think about it.", pause_s=0.04)
+    server.scripts["riddle"] = Script(
+        "It is **time**, and time alone passes.", reasoning="Let me think about it.", pause_s=0.04
+    )
     page = visit()
     page.fill("#prompt", "riddle")
     page.press("#prompt", "Enter")
@@ -43,11 +45,14 @@ def test_thinking_stands_apart(visit, server):
     expect(answer(page).locator(".text strong")).to_have_text("time")
     expect(thinking.locator("summary")).to_have_text(re.compile(r"^Thought for 0\.\d s$"))
     expect(thinking.locator(".thought")).to_be_hidden()
+    thought = thinking.locator("summary").inner_text()
+    expect(answer(page)).to_have_attribute("aria-busy", "false")
+    assert thinking.locator("summary").inner_text() == thought
     thinking.locator("summary").click()
     expect(thinking.locator(".thought")).to_have_text("Let me think about it.")
-    expect(answer(page).locator(".text")).to_have_text("It is time.")
+    expect(answer(page).locator(".text")).to_have_text("It is time, and time alone passes.")
     ask(page, "next")
-    assert server.bodies[1]["messages"][1] == {"role": "assistant", "content": "It is **time**."}
+    assert server.bodies[1]["messages"][1] == {"role": "assistant", "content": "It is **time**, and time alone passes."}
 
 
 def test_code_tables_and_formulas(visit, server):
@@ -58,7 +63,7 @@ def test_code_tables_and_formulas(visit, server):
     expect(text.locator("h1")).to_have_text("Roots")
     expect(text.locator("math")).to_have_count(5)
     expect(text.locator("math mfrac")).to_have_count(2)
-    assert "it costs $5 and $6." in text.inner_text()
+    assert "it costs $5 and $6, $7-$8." in text.inner_text()
     boxed = text.locator("math").last
     assert boxed.evaluate("node => node.querySelector('menclose, mrow, mpadded').outerHTML").count("border") or (
         boxed.locator("menclose, .tml-fbox").count() == 1
@@ -66,7 +71,7 @@ def test_code_tables_and_formulas(visit, server):
     expect(text.locator("td strong")).to_have_text("2")
     code = text.locator("pre")
     assert code.inner_text().startswith('print("<b>", 1 < 2)')
-    assert code.evaluate("node => node.scrollWidth > node.clientWidth")
+    assert code.evaluate("node => { node.scrollLeft = 9; return node.scrollLeft; }") == 9
     text.get_by_role("button", name="Copy code").click()
     expect(page.locator("#announcer")).to_have_text("Copied")
     assert page.evaluate("navigator.clipboard.readText()").startswith('print("<b>", 1 < 2)')
@@ -136,6 +141,7 @@ def test_attacks_are_inert(visit, server, bypass_csp):
     log = page.locator("#log")
     assert log.locator("script, img, iframe, style, object, embed, input, svg:not(.icon)").count() == 0
     assert log.locator("form:not(.card form, .edit-form)").count() == 0
+    assert log.locator("math [href], math [src], math .hit, math [style*=url]").count() == 0
     attributes = log.evaluate("node => [...node.querySelectorAll('*')].flatMap(each => each.getAttributeNames())")
     assert [name for name in set(attributes) if name.startswith("on")] == []
     links = log.evaluate("node => [...node.querySelectorAll('a')].map(each => [each.protocol, each.target, each.rel])")

@@ -62,7 +62,7 @@ export async function readiness() {
 /** The chunks of a streamed answer. Throws RequestError; AbortError once `signal` is aborted. */
 export async function* stream(path, body, key, signal) {
   const response = await send(path, { method: "POST", headers: headers(key), body: JSON.stringify(body), signal });
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  const reader = response.body.getReader();
   try {
     for await (const data of events(reader)) {
       if (data === "[DONE]") return;
@@ -81,11 +81,12 @@ export async function* stream(path, body, key, signal) {
 
 /** The data of server-sent events, each of one line. */
 async function* events(reader) {
+  const decoder = new TextDecoder();
   let rest = "";
   for (;;) {
     const { done, value } = await reader.read();
     if (done) return;
-    const lines = (rest + value).split(/\r?\n/);
+    const lines = (rest + decoder.decode(value, { stream: true })).split(/\r?\n/);
     rest = lines.pop();
     for (const line of lines) {
       if (line.startsWith("data:")) yield line.slice(5).trim();

@@ -160,7 +160,7 @@ class App {
       }
     };
     try {
-      await ask(answer, requestFor(answer, history, this.settings), this.key, run.controller.signal, news);
+      await ask(answer, requestFor(answer, history, this.settings, this.card), this.key, run.controller.signal, news);
     } catch (error) {
       this.#failed(answer, error);
     }

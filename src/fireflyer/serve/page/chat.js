@@ -58,7 +58,7 @@ function asSent(message) {
 }
 
 /** The path and body that ask for `answer`, which follows `history`; what it holds already is gone on with. */
-export function requestFor(answer, history, settings) {
+export function requestFor(answer, history, settings, card) {
   const shared = {
     ...(settings.model ? { model: settings.model } : {}),
     ...sampling(settings),
@@ -68,7 +68,8 @@ export function requestFor(answer, history, settings) {
   };
   if (answer.plain) {
     const prompt = (history.at(-1)?.content ?? "") + answer.content;
-    return ["v1/completions", { max_tokens: CONTINUATION_TOKENS, ...shared, prompt }];
+    const most = Math.min(CONTINUATION_TOKENS, card?.fireflyer?.max_output_tokens ?? Infinity);
+    return ["v1/completions", { max_tokens: most, ...shared, prompt }];
   }
   const messages = history.filter((each) => each.role !== "assistant" || each.content || each.calls.length);
   const body = { ...shared, messages: messages.flatMap(asSent) };
