@@ -87,6 +87,29 @@ def test_cards_of_ones_own_and_the_sources(tmp_path: Path, capsys: pytest.Captur
     assert _facts(capsys, "--sources")["sources"]["gpu.H800.sms"]
 
 
+def test_a_recipe_brings_its_batch_length_and_tokens(capsys: pytest.CaptureFixture[str]):
+    facts = _facts(capsys, "ember", "--count", "2")
+    assert (facts["train"]["global_batch"], facts["train"]["seq_len"]) == (16, 256)
+    assert facts["train"]["tokens"] == 600 * 16 * 256
+    facts = _facts(capsys, "ember", "--count", "2", "--seq-len", "128", "--global-batch", "8", "--tokens", "1M")
+    assert (facts["train"]["global_batch"], facts["train"]["seq_len"], facts["train"]["tokens"]) == (8, 128, 1_000_000)
+
+
+@pytest.mark.parametrize("recipe", ["ember", "spark"])
+def test_a_small_run_is_told_in_small_units(recipe: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", recipe]) == 0
+    text = capsys.readouterr().out
+    assert "MB" in text
+    assert "seconds" in text
+    assert "$0," not in text
+    assert " 0 device hours" not in text
+
+
+def test_a_card_without_fp8_is_planned_in_bf16(capsys: pytest.CaptureFixture[str]):
+    assert _facts(capsys, "deepseek-v2-lite", "--gpu", "A100", "--count", "8")["train"]["precision"] == "bf16"
+    assert _facts(capsys, "deepseek-v2-lite", "--gpu", "H100", "--count", "8")["train"]["precision"] == "fp8"
+
+
 @pytest.mark.parametrize("recipe", ["spark", "ember", "moonlight"])
 def test_recipes_and_small_models(recipe: str, capsys: pytest.CaptureFixture[str]):
     facts = _facts(capsys, recipe, "--count", "8", "--tokens", "20M", "--global-batch", "64")

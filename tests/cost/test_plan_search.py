@@ -171,6 +171,8 @@ def test_predicted_hours_scale_the_later_phases():
     ratio = cost.train["device_hours"] / 2_664_000
     assert cost.total["device_hours"] == pytest.approx(2_788_000 * ratio)
     assert cost.total["usd"] is cost.train["usd"] is None
+    half = training_cost(RUN, plan, tokens=7.4e12, usd_per_hour=None)
+    assert half.total["device_hours"] == pytest.approx(cost.total["device_hours"] / 2)
     own = training_cost(RUN, plan, tokens=1e12, usd_per_hour=3.0, context_hours=7, post_hours=0)
     assert own.total["device_hours"] == pytest.approx(own.train["device_hours"] + 7)
     assert own.total["usd"] == pytest.approx(3 * own.total["device_hours"])
@@ -201,6 +203,11 @@ def test_a_layout_that_cannot_be_says_which_number_and_what_would(wanted: Wanted
         check_wanted(RUN, wanted)
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_context_ranks_must_divide_the_sequence():
+    with pytest.raises(UserError, match="--cp 32 doesn't divide --seq-len 6,000; give 30 or 40"):
+        check_wanted(replace(RUN, seq_len=6000), Wanted(cp=32))
 
 
 def test_what_the_refusals_offer_is_accepted():

@@ -1,4 +1,4 @@
-"""The model that a CONFIG on the command line means. No torch."""
+"""The model and the recipe that a CONFIG on the command line means. No torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fireflyer.config import ModelConfig
+    from fireflyer.train.settings import Recipe
 
 
 def find_model(name: str) -> ModelConfig:
@@ -13,10 +14,16 @@ def find_model(name: str) -> ModelConfig:
     from fireflyer.config.files import find_config
     from fireflyer.config.model_config import ModelConfig
 
-    path = find_config(name)
-    if path.suffix != ".toml":
-        return ModelConfig.from_file(path)
-    # A recipe may leave the vocabulary to its tokenizer, which its own reader knows.
+    recipe = find_recipe(name)
+    return ModelConfig.from_file(find_config(name)) if recipe is None else recipe.model
+
+
+def find_recipe(name: str) -> Recipe | None:
+    """The recipe, where the CONFIG is one; it may leave the vocabulary to its tokenizer. Raises UserError."""
+    from fireflyer.config.files import find_config
+
+    if find_config(name).suffix != ".toml":
+        return None
     from fireflyer.train.recipe import load_recipe
 
-    return load_recipe(name).model
+    return load_recipe(name)

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from fireflyer.cli.configs import find_model
+from fireflyer.cli.configs import find_model, find_recipe
 from fireflyer.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ def add_parser(subparsers: Any) -> None:
         help="a checkpoint or run folder, a config.json, a recipe, or a shipped model such as deepseek-v3",
     )
     parser.add_argument("--gpu", default="H800", metavar="NAME", help="the card (default H800)")
-    parser.add_argument("--count", type=_count, metavar="N", help="how many (default 2048; with --serve 352)")
+    parser.add_argument(
+        "--count", type=_count, metavar="N", help="how many (default 2048, or as many as sequences)"
+    )
     parser.add_argument("--hardware", metavar="FILE", help="TOML that adds cards or changes their numbers")
     parser.add_argument("--sources", action="store_true", help="show the cards and where each number comes from")
     parser.add_argument("--usd-per-hour", type=_number, metavar="X", help="rent of one card (default the table's)")
@@ -44,11 +46,9 @@ def add_parser(subparsers: Any) -> None:
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
-    group.add_argument("--tokens", type=_quantity, default=14_800_000_000_000, metavar="N", help="as 14.8T (default)")
-    group.add_argument("--seq-len", type=_count, metavar="N", help="tokens a sequence (default 4096)")
-    group.add_argument(
-        "--global-batch", type=_count, default=15360, metavar="N", help="sequences a step (default 15360)"
-    )
+    group.add_argument("--tokens", type=_quantity, metavar="N", help="as 14.8T (default the recipe's, or V3's)")
+    group.add_argument("--seq-len", type=_count, metavar="N", help="tokens a sequence (default likewise, 4096)")
+    group.add_argument("--global-batch", type=_count, metavar="N", help="sequences a step (default likewise, 15360)")
     group.add_argument(
         "--hours-per-trillion",
         type=_above_zero,
@@ -159,19 +159,24 @@ def training(
     args: argparse.Namespace, config: ModelConfig, hardware: Hardware, gpu: Gpu, rent: float | None
 ) -> tuple[dict[str, Any], str]:
     """The plan of training, as JSON and as text."""
+    from fireflyer.cost import v3_run
     from fireflyer.cost.layout_checks import fastest
     from fireflyer.cost.layouts import Job, Wanted
     from fireflyer.cost.training_cost import training_cost
 
-    seq_len = args.seq_len or min(4096, config.max_position_embeddings)
-    count = args.count or 2048
-    job = Job(config, hardware, gpu, count, seq_len, args.global_batch, args.precision)
+    recipe = find_recipe(args.config)
+    seq_len, batch, tokens = min(4096, config.max_position_embeddings), 15360, int(v3_run.PRETRAINING_TOKENS)
+    if recipe is not None:
+        seq_len, batch, tokens = recipe.seq_len, recipe.batch_size, recipe.total_tokens or tokens
+    most = 1 << (batch.bit_length() - 1)  # the largest power of two that gives each card a sequence
+    count = args.count or min(2048, most)
+    job = Job(config, hardware, gpu, count, args.seq_len or seq_len, args.global_batch or batch, args.precision)
     names = ("pp", "dp", "cp", "ep", "zero", "micro_batch", "recompute", "schedule")
     plan = fastest(job, Wanted(*(getattr(args, name) for name in names)), args.config)
     cost = training_cost(
         job,
         plan,
-        tokens=args.tokens,
+        tokens=args.tokens or tokens,
         usd_per_hour=rent,
         hours_per_trillion=args.hours_per_trillion,
         context_hours=args.context_hours,
@@ -193,25 +198,27 @@ def training_text(args: argparse.Namespace, gpu: Gpu, plan: TrainingPlan, facts:
     """The same for people."""
     from fireflyer.cost.layout_checks import describe
     from fireflyer.cost.layouts import RESERVED
+    from fireflyer.train.quantities import format_quantity
 
     train, total, memory, step = facts["train"], facts["total"], facts["memory"], plan.step
     usable = gpu.memory_gb * (1 - RESERVED)
-    parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in memory.items())
+    parts = ", ".join(f"{name} {_bytes(value)}" for name, value in memory.items())
     spent = "given" if args.hours_per_trillion is not None else "predicted"
     tokens = train["global_batch"] * train["seq_len"]
     rows = [
         ("layout", describe(plan)),
-        ("memory a rank", f"{plan.memory.total / 1e9:.1f} GB of {gpu.memory_gb:g}, {usable:.1f} usable: {parts}"),
+        ("memory a rank", f"{_bytes(plan.memory.total)} of {gpu.memory_gb:g} GB, {usable:.1f} usable"),
+        ("", parts),
         ("a step", f"{step.total:.4g} s for {tokens:,} tokens"),
         ("  computing", f"{step.chunks:.4g} s with the communication that isn't hidden"),
         ("  bubble", f"{step.bubble:.4g} s, {step.bubble / step.total:.1%}"),
         ("  gradients", f"{step.gradients:.4g} s to add them up, {step.optimizer:.2g} s for the optimizer"),
         ("  all-to-all", f"{plan.all_to_all_s:.4g} s, hidden or in the above"),
-        ("a token", f"{train['gflop_per_token']:.1f} GFLOP, {train['mtp_gflop_per_token']:.1f} more for MTP"),
+        ("a token", f"{train['gflop_per_token']:.4g} GFLOP, {train['mtp_gflop_per_token']:.4g} more for MTP"),
         ("speed", f"{train['tokens_per_s']:,.0f} tokens/s, MFU {train['mfu']:.1%} of the BF16 peak"),
-        ("pretraining", f"{train['tokens'] / 1e12:g}T tokens in {train['days']:.1f} days, {spent}"),
+        ("pretraining", f"{format_quantity(train['tokens'])} tokens in {_time(train['days'])}, {spent}"),
         ("", _money(train)),
-        ("in total", f"{_money(total)}, with context extension and post-training"),
+        ("in total", f"{_money(total)}, with context extension and post-training as V3's"),
     ]
     head = f"{args.config} on {facts['gpu']['count']:,} {gpu.name} in {train['precision'].upper()}"
     if facts["gpu"]["usd_per_hour"] is None:
@@ -220,8 +227,23 @@ def training_text(args: argparse.Namespace, gpu: Gpu, plan: TrainingPlan, facts:
 
 
 def _money(cost: dict[str, Any]) -> str:
-    hours = f"{cost['device_hours']:,.0f} device hours"
-    return hours if cost["usd"] is None else f"{hours}, ${cost['usd']:,.0f}"
+    hours = f"{_figures(cost['device_hours'])} device hours"
+    return hours if cost["usd"] is None else f"{hours}, ${_figures(cost['usd'])}"
+
+
+def _figures(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+
+
+def _time(days: float) -> str:
+    for unit, size in (("days", 1.0), ("hours", 1 / 24), ("minutes", 1 / 1440)):
+        if days >= size:
+            return f"{days / size:.1f} {unit}"
+    return f"{days * 86400:.2g} seconds"
 
 
 def serving(

@@ -34,14 +34,14 @@ def training_cost(
     Args:
         usd_per_hour: rent of one card; None: dollars are None.
         hours_per_trillion: device hours per trillion tokens where they are known, in place of the plan's prediction.
-        context_hours, post_hours: of the later phases; None: V3's 119,000 and 5,000, in the ratio of this plan's hours
-            per trillion tokens to V3's 180,000: the same phases, as much cheaper or dearer as pretraining is.
+        context_hours, post_hours: of the later phases; None: as V3's, 119,000 and 5,000 hours after 2,664,000 of
+            pretraining.
     """
     predicted = job.count / plan.tokens_per_s * 1e12 / 3600
     rate = predicted if hours_per_trillion is None else hours_per_trillion
     speed = job.count * 1e12 / 3600 / rate
     hours = tokens / 1e12 * rate
-    ratio = rate / v3_run.GPU_HOURS_PER_TRILLION_TOKENS
+    ratio = hours / v3_run.pretraining_gpu_hours()
     context = v3_run.CONTEXT_EXTENSION_GPU_HOURS * ratio if context_hours is None else context_hours
     post = v3_run.POST_TRAINING_GPU_HOURS * ratio if post_hours is None else post_hours
     per_token = training_flops_per_token(job.config, job.seq_len)
