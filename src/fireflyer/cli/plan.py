@@ -31,9 +31,7 @@ def add_parser(subparsers: Any) -> None:
         help="a checkpoint or run folder, a config.json, a recipe, or a shipped model such as deepseek-v3",
     )
     parser.add_argument("--gpu", default="H800", metavar="NAME", help="the card (default H800)")
-    parser.add_argument(
-        "--count", type=_count, metavar="N", help="how many (default 2048, or as many as sequences)"
-    )
+    parser.add_argument("--count", type=_count, metavar="N", help="how many (default 2048, or as many as sequences)")
     parser.add_argument("--hardware", metavar="FILE", help="TOML that adds cards or changes their numbers")
     parser.add_argument("--sources", action="store_true", help="show the cards and where each number comes from")
     parser.add_argument("--usd-per-hour", type=_number, metavar="X", help="rent of one card (default the table's)")
