@@ -122,6 +122,7 @@ ATTACKS = [
     "<style>body { background: url(https://evil.example/z.png) }</style><form action=//evil.example><input></form>",
     "<a href='javascript:window.hit=12'>x</a> <math><mtext><img src=x onerror=window.hit=13></mtext></math>",
     "<https://example.org/<script>window.hit=14</script>> www.example.org",
+    "$y^2$",
 ]
 
 
@@ -136,6 +137,7 @@ def test_attacks_are_inert(visit, server, bypass_csp):
     page.wait_for_timeout(150)
     page.reload()
     expect(page.locator(".message")).to_have_count(2)
+    expect(page.locator(".text .block").last.locator("math")).to_be_visible()  # the last, so all formulas are set
     page.wait_for_timeout(150)
     assert page.evaluate("window.hit") is None
     log = page.locator("#log")
