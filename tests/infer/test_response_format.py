@@ -5,7 +5,7 @@ import math
 import sys
 
 import pytest
-from grammar_masks import PLAIN, accepts, schema_format
+from grammar_masks import PLAIN, accepts, allowed_after, schema_format
 
 from fireflyer.errors import UserError
 from fireflyer.infer import structured_output
@@ -108,6 +108,22 @@ def test_what_makes_no_sense_is_refused_in_one_line(compiler, response_format, c
     assert "\n" not in str(error.value)
     assert "1 | start" not in str(error.value)  # where llguidance shows the source
     assert len(str(error.value)) < 400
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        "start: /b+/ start",
+        'start: "x" rest\nrest: /b+/ rest // no end',
+        '%llguidance {"no_forcing": false}\nstart: /b+/ start',
+    ],
+)
+def test_a_grammar_without_end_does_not_hang(compiler, grammar):
+    state = compiler.start({"type": "grammar", "grammar": grammar}, PLAIN)
+    for token in compiler.tokenizer.encode("xbbb" if "x" in grammar else "bbb"):
+        assert allowed_after(state)[token]
+        state.commit(token)
 
 
 def test_properties_come_in_the_order_of_the_schema(compiler):

@@ -56,7 +56,7 @@ def test_thinking_spelled_out_ends_too(compiler, tokenizer):
 
 @pytest.mark.parametrize(
     ("text", "follows", "error"),
-    [(">", "yn", None), (">\n\n", "yn", None), (">no", "<", None), (">x", "", "after </think>")],
+    [(">", "yn", None), (">\n\n", "yn", None), (">no", "<", None), (">x", "", "does not go on")],
 )
 def test_one_token_may_hold_the_end_of_thinking_and_the_start_of_the_form(text, follows, error):
     tokenizer = Tokenizer.train([f"</think{text}"] * 50 + ["yes no"], vocab_size=290)

@@ -102,7 +102,7 @@ class GrammarState:
     def commit(self, token_id: int) -> None:
         """Accept a token of the answer."""
         if token_id not in self._compiler.end_token_ids and not self._advance(token_id):
-            self.error = self._complaint() or "the grammar does not go on with the text after </think>"
+            self.error = self._complaint() or "the grammar does not go on with this text"
 
     def fill(self, words_RW: NDArray[np.uint32], histories: Sequence[tuple[int, ...]]) -> list[str | None]:
         """Set the bits of the tokens that may follow each history, which is drafts after the committed tokens; one
@@ -234,7 +234,8 @@ def _grammar(response_format: Mapping[str, Any]) -> str:
     if kind == "regex":
         return LLMatcher.grammar_from_regex(response_format["pattern"])
     if kind == "grammar":
-        return LLMatcher.grammar_from_lark(response_format["grammar"])
+        # llguidance looks ahead for text that has to come, and never returns where that has no end: `a: /b+/ a`.
+        return LLMatcher.grammar_from_lark(response_format["grammar"] + '\n%llguidance {"no_forcing": true}\n')
     if kind == "choice":
         choices = " | ".join(json.dumps(choice) for choice in response_format["choices"])
         return LLMatcher.grammar_from_lark(f"start: {choices}")
