@@ -9,9 +9,13 @@ from fireflyer.config import load_config
 from fireflyer.cost import v3_run
 from fireflyer.cost.hardware import load_hardware
 from fireflyer.cost.judge import Judge
+from fireflyer.cost.layer_time import Rank, block_times
 from fireflyer.cost.layout_checks import check_wanted, describe, fastest
 from fireflyer.cost.layouts import Job, Layout, Wanted, layouts
+from fireflyer.cost.memory_plan import Spread, rank_memory, rank_parameters
+from fireflyer.cost.parameters import count_parameters
 from fireflyer.cost.plan import leanest, search
+from fireflyer.cost.stages import RankLayers
 from fireflyer.cost.training_cost import training_cost
 from fireflyer.errors import UserError
 
@@ -93,6 +97,38 @@ def test_a_chunk_shows_what_is_not_hidden():
     exchanged = bound.all_to_all_s / 120 + 2 * 2 * 4096 * 7168 / 5e9
     assert bound.times.overlapped == pytest.approx(exchanged / HARDWARE.kernels.compute_busy)
     assert _judged(REPORTED, network_gb_per_s=1e9).times.overlapped == _judged(REPORTED).times.overlapped
+
+
+def test_the_slowest_rank_sets_the_pace_of_each_kind_of_chunk():
+    """Lone chunks show their all-to-all and are longest on a rank with four MoE layers a stage, not on the head's; the
+    overlapped pair is longest where most is computed."""
+    plan = _judged(REPORTED)
+    rank = Rank(HARDWARE, RUN.gpu, "fp8", 4096, 4096, 1, 64, "selective", True)
+    layer = block_times(V3, rank, moe=True)
+    passed = 2 * 4096 * 7168 / 50e9
+    assert plan.times.forward == pytest.approx(4 * (layer.forward + layer.exchange_forward) + passed)
+    assert plan.times.backward == pytest.approx(4 * (layer.backward + layer.exchange_backward) + passed)
+    assert plan.times.overlapped > 4 * (layer.forward + layer.backward) / HARDWARE.kernels.compute_busy
+
+
+def test_the_fullest_rank_counts():
+    """Of 1F1B: rank r of 16 holds 16 - r micro-batches, and later ranks have a layer more."""
+    layout = replace(REPORTED, schedule="1f1b", chunks=1)
+    plan = _judged(layout)
+    assert plan.fits
+    counts = count_parameters(V3)
+    layers = [RankLayers(3, 1, True, False, 0), *(RankLayers(0, 4, False, False, rank) for rank in range(1, 15))]
+    layers.append(RankLayers(0, 1, False, True, 15))
+    memories = [
+        rank_memory(
+            V3,
+            rank,
+            rank_parameters(V3, counts, rank, 64),
+            Spread("fp8", "selective", 1, 128, 64, 4096, 1, 16 - rank.rank),
+        ).total
+        for rank in layers
+    ]
+    assert plan.memory.total == pytest.approx(max(memories))
 
 
 def test_gradients_hide_behind_the_backward_as_far_as_it_lasts():

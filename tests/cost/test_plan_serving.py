@@ -17,6 +17,7 @@ from fireflyer.cost.serving_plan import (
     low_latency_seconds,
     plan_serving,
     prefill_unit,
+    room_for_cache,
     unit_complaint,
     weights_bytes,
 )
@@ -138,6 +139,11 @@ def test_a_larger_unit_must_be_faster():
     }
     assert plan.decode.gpus == min(gpus for gpus, speed in speeds.items() if speed >= 0.99 * max(speeds.values()))
     assert plan.prefill.gpus == 16
+
+
+def test_drafts_need_room_for_their_module():
+    plain, drafting = (room_for_cache(replace(JOB, mtp_acceptance=share), 144, 256) for share in (0.0, 0.85))
+    assert plain - drafting == pytest.approx(weights_bytes(V3, 144, "fp8") / 61)
 
 
 def test_drafts_and_cache_hits_help():
