@@ -199,5 +199,5 @@ def test_results_hold_no_machine_path() -> None:
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         result = json.loads(path.read_text(encoding="utf-8"))
         assert result["part"] == path.stem
-        assert (ROOT / "benchmarks" / f"{path.stem}.py").exists()
+        assert (ROOT / "benchmarks" / path.with_suffix(".py").name.replace("-", "_")).exists()
         assert machine_path(path.read_text(encoding="utf-8")) is None
