@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from fireflyer import __version__
-from fireflyer.cli import bench, chat, demo, export, fleet, generate, inspect, plan, pretrain
+from fireflyer.cli import bench, chat, demo, export, fleet, generate, inspect, plan, pretrain, serve
 from fireflyer.errors import Stopped, UserError
 
 VERBS = {
@@ -25,6 +25,7 @@ VERBS = {
     "export": export,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "bench": bench,
     "inspect": inspect,
     "plan": plan,
