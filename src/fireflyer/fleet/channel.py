@@ -8,6 +8,7 @@ import socket
 import socketserver
 import struct
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from fireflyer.errors import UserError
 
 REQUEST_LIMIT_BYTES = 4 << 20
 _PATIENCE_S = 30.0
+_SERVER_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Server:
         path.unlink(missing_ok=True)  # the controller's lock is held: nobody listens there
 
         class Handler(socketserver.StreamRequestHandler):
-            timeout = _PATIENCE_S
+            timeout = _SERVER_PATIENCE_S
 
             def handle(self) -> None:
                 _serve(self.connection, self.rfile, answer)
@@ -63,7 +65,7 @@ class Server:
 
 
 class _UnixServer(socketserver.ThreadingUnixStreamServer):
-    daemon_threads = True
+    daemon_threads = False  # closing waits for the answers under way, `down`'s own among them
     request_queue_size = 128
 
 
@@ -82,6 +84,9 @@ def _serve(connection: socket.socket, reader: Any, answer: Answer) -> None:
         reply = {"error": str(error)}
     except OSError:
         return
+    except Exception as error:  # ours: the peer is told, and the controller goes on
+        traceback.print_exc()
+        reply = {"error": f"the controller failed at this: {type(error).__name__}: {error}; its log has more"}
     try:
         connection.sendall(json.dumps(reply).encode() + b"\n")
     except OSError:

@@ -7,6 +7,7 @@ first tick of a new controller adopts what the last one left.
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ START_LIMIT_S = 60.0
 STUCK_S = 30.0
 """After KILL; then the node is suspect, and drained."""
 _NOTE_EVERY_S = 10.0
+_AFTER_FAILURE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,10 @@ class Controller:
                 self.paused = None
             except LedgerError as error:
                 self.paused = str(error)
+            except Exception as error:  # ours: what runs runs on, and the queue says why nothing else does
+                traceback.print_exc()
+                self.paused = f"the controller failed: {type(error).__name__}: {error}; its log has more"
+                until.wait(_AFTER_FAILURE_S)
             self.wake.wait(TICK_S)
             self.wake.clear()
 
