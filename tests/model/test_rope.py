@@ -10,10 +10,12 @@ import torch
 from fireflyer.config import RopeScaling, load_config
 from fireflyer.model.rope import (
     apply_rope,
+    pair_factors,
     rope_amplitude,
     rope_cos_sin,
     rope_frequencies,
     softmax_scale,
+    turn_pairs,
     yarn_correction_range,
     yarn_mscale,
 )
@@ -190,3 +192,16 @@ def test_training_rotates_as_decoding_does(start):
     (gradient,) = torch.autograd.grad(trained, wide, grad_outputs=decoded)
     # Rotating back what was rotated gives the vector itself.
     torch.testing.assert_close(gradient[..., start:], wide.detach()[..., start:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_turning_by_shared_factors_is_the_same_to_the_bit(dtype):
+    generator = torch.Generator().manual_seed(0)
+    angles = torch.rand(2, 5, 8, generator=generator) * 1000
+    cos, sin = angles.cos(), angles.sin()
+    x = torch.randn(2, 5, 3, 40, generator=generator).to(dtype)[..., 24:]  # a part of a wider row, as queries are
+    own, neighbour, place = pair_factors(cos, sin)
+    turned = turn_pairs(x, own[:, :, None], neighbour[:, :, None], place)
+    assert torch.equal(turned, apply_rope(x, cos[:, :, None], sin[:, :, None]))
+    assert turned.dtype == dtype
+    assert torch.equal(turn_pairs(x[:, :, 0], own, neighbour, place), turned[:, :, 0])

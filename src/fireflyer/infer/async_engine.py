@@ -171,9 +171,10 @@ class AsyncEngine:
                 streams = dict(self._streams)
             with self.llm.lock:
                 self._step(arrived, given_up)
-                news = [(request, parts, request.take_parts()) for request, parts in streams.values()]
-            for request, reference, parts in news:
-                self._deliver(request, reference, parts)
+                # Both under the lock: a step of another thread must not come between the last part and the end.
+                news = [(request, parts, request.take_parts(), request.finished) for request, parts in streams.values()]
+            for request, reference, parts, ended in news:
+                self._deliver(request.request_id, reference, parts, ended)
 
     def _step(self, arrived: list[Request], given_up: list[str]) -> None:
         engine = self.llm.engine
@@ -189,13 +190,15 @@ class AsyncEngine:
         except Exception:
             _log.exception("a step failed; its requests ended with an error, the others go on")
 
-    def _deliver(self, request: Request, reference: weakref.ref[RequestParts], parts: list[StreamPart]) -> None:
+    def _deliver(
+        self, request_id: str, reference: weakref.ref[RequestParts], parts: list[StreamPart], ended: bool
+    ) -> None:
         # No reference outlives this call: dropping the last one elsewhere is how a request is given up.
         listener = reference()
         if listener is None:
-            self.abort(request.request_id)
+            self.abort(request_id)
         elif parts:
             listener.deliver(parts)
-        if request.finished:
+        if ended:
             with self._lock:
-                del self._streams[request.request_id]
+                del self._streams[request_id]

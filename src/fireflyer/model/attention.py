@@ -8,6 +8,7 @@ but the cached C numbers per token is read; for decoding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ from fireflyer.config import LATENT_NORM_EPS, ModelConfig
 from fireflyer.model.cache import LatentStore
 from fireflyer.model.deterministic import attend_in_tiles
 from fireflyer.model.norm import RMSNorm
-from fireflyer.model.rope import apply_rope, softmax_scale
+from fireflyer.model.rope import apply_rope, pair_factors, softmax_scale, turn_pairs
 from fireflyer.model.row_tiles import RowTiles, linear
 
 Form = Literal["expanded", "absorbed"]
@@ -50,6 +51,19 @@ class AttentionInputs:
     tiles: RowTiles | None = None
     """Where given, no token's result depends on the tokens beside it; attention is then absorbed, whatever the form."""
 
+    @cached_property
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For `turn_pairs`; made once for all layers."""
+        return pair_factors(self.cos_BTR, self.sin_BTR)
+
+    def turn(self, x: Tensor, *, heads: bool) -> Tensor:
+        """Rotate (B, T, R), or with heads (B, T, H, R), by its rows' positions."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            cos, sin = self.cos_BTR, self.sin_BTR
+            return apply_rope(x, cos[:, :, None], sin[:, :, None]) if heads else apply_rope(x, cos, sin)
+        own, neighbour, place_R = self.factors
+        return turn_pairs(x, own[:, :, None], neighbour[:, :, None], place_R) if heads else turn_pairs(x, *self.factors)
+
 
 class LatentAttention(nn.Module):
     """MLA of one layer; weights in the published layout (rows per head: [nope | rope] for q, [nope | v] for kv_b)."""
@@ -78,7 +92,7 @@ class LatentAttention(nn.Module):
         kv_BTC = linear(self.kv_a_proj_with_mqa, x_BTD, inputs.tiles)
         kv_latent_BTL, rope_key_BTR = kv_BTC.split((self.latent, self.rope), dim=-1)
         kv_latent_BTL = self.kv_a_layernorm(kv_latent_BTL)
-        rope_key_BTR = apply_rope(rope_key_BTR, inputs.cos_BTR, inputs.sin_BTR)
+        rope_key_BTR = inputs.turn(rope_key_BTR, heads=False)
         rows = (q_nope_BTHP, q_rope_BTHR, kv_latent_BTL, rope_key_BTR)
         if len(inputs.groups) == 1 and inputs.groups[0].positions_BT.shape == x_BTD.shape[:2]:
             return linear(self.o_proj, self._attend(*rows, inputs.groups[0], layer_index, inputs.tiles), inputs.tiles)
@@ -127,7 +141,7 @@ class LatentAttention(nn.Module):
             q = linear(self.q_proj, x_BTD, inputs.tiles)
         q_BTHQ = q.unflatten(-1, (self.num_heads, self.nope + self.rope))
         q_nope_BTHP, q_rope_BTHR = q_BTHQ.split((self.nope, self.rope), dim=-1)
-        return q_nope_BTHP, apply_rope(q_rope_BTHR, inputs.cos_BTR[:, :, None], inputs.sin_BTR[:, :, None])
+        return q_nope_BTHP, inputs.turn(q_rope_BTHR, heads=True)
 
     def _expanded(
         self, q_nope_BTHP: Tensor, q_rope_BTHR: Tensor, kv_latent_BSL: Tensor, rope_key_BSR: Tensor, mask: Tensor | None

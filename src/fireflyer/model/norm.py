@@ -16,8 +16,7 @@ from fireflyer.model.row_tiles import RowTiles
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x over its root mean square, and what it was multiplied by; fp32."""
     wide = x.float()
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    inverse = norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
     return wide * inverse, inverse
 
 
@@ -57,7 +56,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():  # the same numbers without autograd's bookkeeping, which a decode step feels
-            return _normed(x, self.eps)[0].to(x.dtype) * self.weight
+            normed = _normed(x, self.eps)[0].to(x.dtype)
+            return normed.mul_(self.weight) if normed.dtype == self.weight.dtype else normed * self.weight
         return _RMSNorm.apply(x, self.weight, self.eps)
 
 

@@ -86,7 +86,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     wide = x.float()
     # One complex product is a third of the time with its backward. Without gradients the composed form stays, which
-    # rounds every element alike wherever it stands; the compiler fuses that, and knows no complex numbers.
+    # rounds every element alike wherever it stands; the compiler fuses that, and knows no complex numbers. A call of
+    # many layers turns by `turn_pairs`.
     if not x.requires_grad or torch.compiler.is_compiling():
         even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
@@ -94,3 +95,16 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         wide = wide.contiguous()  # a pair can be seen as a complex number where it begins at an even place
     turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+def pair_factors(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `turn_pairs` takes: (..., R) factors of each number and of its neighbour, and (R,) where that stands."""
+    own = cos.repeat_interleave(2, dim=-1)
+    neighbour = torch.stack((-sin, sin), dim=-1).flatten(-2)
+    return own, neighbour, torch.arange(own.shape[-1], device=cos.device) ^ 1
+
+
+def turn_pairs(x: Tensor, own: Tensor, neighbour: Tensor, place_R: Tensor) -> Tensor:
+    """`apply_rope` to the bit, in a third of the time, once a call's layers share the factors. Not for training."""
+    wide = x.float()
+    return (wide * own + wide.index_select(-1, place_R) * neighbour).to(x.dtype)
