@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from asgi_client import Connection
 from fastapi import FastAPI
 
+from fireflyer.infer.model_runner import ModelRunner
 from fireflyer.serve.app import create_app
 from fireflyer.serve.readiness import Readiness
 from fireflyer.serve.settings import ServeSettings
@@ -306,3 +308,32 @@ def test_prompts_are_nowhere_in_the_log(engine, caplog):
     with caplog.at_level(logging.DEBUG, logger="fireflyer"):
         run(test)
     assert "secret" not in caplog.text
+
+
+def test_a_step_of_the_real_engine_that_hangs(real_engine, monkeypatch):
+    """The event loop stays free while the engine's thread is stuck, also for requests that need its lock."""
+    going = threading.Event()
+    going.set()
+    trunk = ModelRunner.trunk
+
+    def stuck(*arguments):
+        assert going.wait(30)
+        return trunk(*arguments)
+
+    monkeypatch.setattr(ModelRunner, "trunk", stuck)
+
+    async def test() -> None:
+        app = app_of(real_engine, step_timeout_s=1)
+        async with app.router.lifespan_context(app):
+            await until(lambda: app.state.service.readiness.warm)
+            going.clear()
+            shape = {"response_format": {"type": "json_object"}}
+            clients = [Connection(app, CHAT, BODY | {"max_tokens": 2} | extra) for extra in ({}, shape)]
+            await asyncio.sleep(1.5)
+            assert (await ready(app))[0] == 503
+            going.set()
+            await asyncio.gather(*(client.task for client in clients))
+            assert [client.status for client in clients] == [200, 200]
+            assert (await ready(app))[0] == 200
+
+    run(test)
