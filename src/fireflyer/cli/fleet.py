@@ -231,14 +231,16 @@ def _down(args: argparse.Namespace) -> int:
         time.sleep(0.2)
     _wait_for_end(answer["pid"])
     left = answer["running"]
-    print("down" + (f"; {left} jobs run on, the next fireflyer fleet up takes them over" if left else ""))
+    print("down" + (f"; jobs that run on: {left}; the next fireflyer fleet up takes them over" if left else ""))
     return 0
 
 
 def _wait_for_end(pid: int) -> None:
     """Until the controller is gone, so that `down` then `up` works."""
+    from fireflyer.fleet.processes import read_process
+
     until = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
+    while (process := read_process(pid)) and process.alive and time.monotonic() < until:
         time.sleep(0.02)
 
 
