@@ -45,7 +45,7 @@ SHAPE = {
     "topk_group": 1,
     "num_nextn_predict_layers": 1,
 }
-SLICES, KILLS, SLICE_S, STEPS = 20, 20, 4.0, 1600
+SLICES, KILLS, SLICE_S, STEPS = 20, 20, 4.0, 2400
 SEEDS = (1, 2, 3)
 TERM_TO_LAUNCH_S = 2.0
 DEADLINE_S = 1.0

@@ -62,16 +62,6 @@ def test_nodes_have_zones_and_health(lab: Lab, slurm: SlurmCluster):
     lab.until(lambda: lab.backend.nodes()[1].health == "up")
 
 
-def test_three_users_share_one_node(lab: Lab):
-    only_node(lab, "n1")
-    tasks = {user: lab.counter(user, 60, user) for user in ("alice", "bob", "carol")}
-    lab.until(lab.ended(*tasks.values()), 60)
-    for user, number in tasks.items():
-        check_never_twice(lab.log(user), 60)
-        assert {a.outcome for a in lab.attempts(number)} == {"saved", "done"}
-        assert {tuple(a.nodes) for a in lab.attempts(number)} == {("n1",)}
-
-
 def test_gang_across_zones_and_deaf_gang(lab: Lab):
     """Every rank on its node, TERM on all of them, KILL at the deadline on all of them."""
     code = "import os\nprint(os.environ['SLURMD_NODENAME'], os.environ['PET_NODE_RANK'], flush=True)\n" + STUBBORN

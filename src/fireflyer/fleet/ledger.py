@@ -194,10 +194,6 @@ class Ledger:
                     self._db.execute("ROLLBACK")
                 raise
 
-    def limit_pages(self, pages: int) -> None:
-        """The ledger may have this many pages of 4 KiB and no more."""
-        self._db.execute(f"PRAGMA max_page_count={int(pages)}")
-
     def meta(self, key: str) -> str | None:
         row = self._row("SELECT value FROM meta WHERE key = ?", key)
         return None if row is None else row["value"]
