@@ -80,6 +80,16 @@ def test_deaf_job_is_killed_at_its_deadline(make_lab: Callable[..., Lab]):
     assert lab.task(deaf).state in ("waiting", "running")  # it gets its next slice all the same
 
 
+def test_what_a_job_leaves_behind_is_cleared(make_lab: Callable[..., Lab]):
+    """A child in a session of its own, deaf: the node is given on without it (pain 3)."""
+    lab = make_lab()
+    code = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {STUBBORN!r}], start_new_session=True)"
+    number = lab.submit([*PYTHON, code])
+    lab.until(lab.ended(number))
+    assert lab.task(number).state == "done"
+    assert not remains(lab, number)
+
+
 def test_term_reaches_every_process_once(make_lab: Callable[..., Lab], tmp_path: Path):
     """Not only the shell (pain 3): the command's child hears it as well, and neither hears it twice."""
     lab = make_lab()
