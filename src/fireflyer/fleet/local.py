@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import fireflyer
 from fireflyer.errors import UserError
 from fireflyer.fleet.backend import Alive, Launch, Refused, SeenNode
 from fireflyer.fleet.processes import PROC, all_processes, owner, read_process, with_variable
 from fireflyer.fleet.records import ATTEMPT_VARIABLE
 
-SOURCE = Path(fireflyer.__file__).resolve().parents[1]
+SOURCE = Path(__file__).resolve().parents[2]
 SHEPHERD = [sys.executable, "-m", "fireflyer.fleet", "shepherd"]
 _PLAIN_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
