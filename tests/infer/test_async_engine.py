@@ -212,7 +212,9 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(llm, monkeypatch):
     monkeypatch.setattr(Engine, "_score_prompts", failing)
 
     async def run():
-        first = await asyncio.gather(*(collect(engine.generate([token], LONG)) for token in (5, 6)))
+        with llm.lock:  # both are there before the third step
+            streams = [engine.generate([token], LONG) for token in (5, 6)]
+        first = await asyncio.gather(*map(collect, streams))
         return first, await collect(engine.generate([7], SamplingParams(max_tokens=4, ignore_eos=True)))
 
     first, later = asyncio.run(run())

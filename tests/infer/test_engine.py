@@ -352,7 +352,7 @@ def test_numbers_that_are_not_finite_end_their_request_and_spread_to_none(model,
         broken.model.embed_tokens.weight[77] = torch.nan
     llm = with_options(broken, block_size=4, cache_gib=gib_for(model, 84))
     clean = [p for p in token_prompts((9, 12, 10)) if 77 not in p]
-    outputs = llm.generate([clean[0], [5, 77, 9, 9, 9, 9], clean[1]], GREEDY)
+    outputs = llm.generate([clean[0], [5, 77, *[9] * 30]], GREEDY)
     assert outputs[1].outputs[0].finish_reason == "error"
     assert "not finite" in outputs[1].outputs[0].error
     for _ in range(3):
