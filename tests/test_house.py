@@ -99,6 +99,8 @@ def test_face_names_exist() -> None:
         "for m in pkgutil.iter_modules(p.__path__): importlib.import_module('fireflyer.text.' + m.name)",
         "from fireflyer.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass",
         "from fireflyer.cli.main import main\ntry: main(['pretrain', '--help'])\nexcept SystemExit: pass",
+        "from fireflyer.cli.main import main\ntry: main(['serve', '--help'])\nexcept SystemExit: pass",
+        "from fireflyer.cli.main import main\ntry: main(['fleet', '--help'])\nexcept SystemExit: pass",
     ],
 )
 def test_loads_no_torch(program: str) -> None:

@@ -74,6 +74,7 @@ def fault(response: httpx.Response, status: int = 400) -> dict:
         (COMPLETIONS, {"prompt": "x", "max_tokens": 0}, "max_tokens", "it is 0"),
         (COMPLETIONS, {"prompt": "x", "best_of": 2}, "best_of", "give n"),
         (COMPLETIONS, {"prompt": "x", "suffix": "y", "echo": True}, None, "echo"),
+        (COMPLETIONS, {"prompt": "x", "echo": True, "logprobs": 1, "n": 2}, None, "leave n at 1"),
         (COMPLETIONS, {"prompt": "x", "stream_options": {"x": 1}}, "stream_options.x", "stream_options.x"),
     ],
 )  # fmt: skip

@@ -133,6 +133,8 @@ class CompletionRequest(GenerationRequest):
     def _fits_together(self) -> CompletionRequest:
         if self.suffix is not None and self.echo:
             raise ValueError("suffix and echo don't go together: the prompt does not come before the answer")
+        if self.n > 1 and self.echo and self.logprobs is not None:
+            raise ValueError("echo with logprobs scores the prompt once; leave n at 1")
         return self
 
     @property
