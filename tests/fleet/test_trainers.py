@@ -21,10 +21,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, float]:
 
 def check(folder: Path, options: list[str], whole: tuple[Any, float]) -> None:
     expected, seconds = whole
-    shared = share_node(folder, options, STEPS, 0.6 * seconds, (1, 1, 1), {1: expected}, kills=3)
-    assert not shared.bad
-    assert shared.equal == 3
-    assert shared.overlaps == 0
+    for share in (0.6, 0.4, 0.25):  # where the machine has become faster since, a run may end within its first slice
+        part = folder / f"slices-of-{share}"
+        shared = share_node(part, options, STEPS, share * seconds, (1, 1, 1), {1: expected}, kills=3)
+        assert not shared.bad
+        assert shared.equal == 3
+        assert shared.overlaps == 0
+        if shared.slices > 3:
+            break
     assert shared.slices > 3
     deaf = deaf_job(folder / "deaf", options)
     assert 1.0 <= deaf.stop_s < 3
