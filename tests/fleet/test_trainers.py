@@ -23,6 +23,7 @@ def check(folder: Path, options: list[str], whole: tuple[Any, float]) -> None:
     expected, seconds = whole
     for share in (0.6, 0.4, 0.25):  # where the machine has become faster since, a run may end within its first slice
         part = folder / f"slices-of-{share}"
+        part.mkdir()
         shared = share_node(part, options, STEPS, share * seconds, (1, 1, 1), {1: expected}, kills=3)
         assert not shared.bad
         assert shared.equal == 3
