@@ -32,5 +32,7 @@ def test_newest_whole_checkpoint(hashed: bool, tmp_path: Path, monkeypatch: pyte
     assert "step-00000007: model.bin" in (found.damage or "")
     (newest / "model.bin").write_bytes(b"y" * 1000)
     assert newest_saved(tmp_path).step == (3 if hashed else 7)
-    (newest / "manifest.json").unlink()
+    newest.rename(newest.with_name("step-00000009"))  # a copy under another name is not that step's
+    assert newest_saved(tmp_path).step == 3
+    (newest.with_name("step-00000009") / "manifest.json").unlink()
     assert newest_saved(tmp_path).step == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ def newest_saved(run_dir: Path) -> Saved:
     ailing: list[str] = []
     try:
         for path in list_checkpoints(run_dir):
-            reason = _ails(path)
+            reason = damage(path, hash_up_to_bytes=HASHED_UP_TO_BYTES)
             if reason is None:
                 at = (path / MANIFEST).stat().st_mtime
                 return Saved(checkpoint_step(path), at, "; ".join(ailing) or None)
@@ -34,19 +33,3 @@ def newest_saved(run_dir: Path) -> Saved:
     except OSError as error:
         ailing.append(f"{run_dir.name}: {error.strerror}")
     return Saved(None, None, "; ".join(ailing) or None)
-
-
-def _ails(path: Path) -> str | None:
-    """`damage`, or for a large checkpoint the same but for the hashes."""
-    try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        stated = {name: int(entry["bytes"]) for name, entry in files.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return damage(path)
-    if sum(stated.values()) <= HASHED_UP_TO_BYTES:
-        return damage(path)
-    for name, size in stated.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
-            return f"{name} is missing or has another size than {size} bytes"
-    return None
