@@ -30,24 +30,21 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-class RunLock:
-    """Held while a process trains in the folder. The kernel drops it with the process, however that ends."""
+class FileLock:
+    """Held by one process at a time. The kernel drops it with the process, however that ends."""
 
-    def __init__(self, run_dir: Path) -> None:
-        import fcntl  # absent on Windows, where everything but training still works
+    def __init__(self, path: Path, refusal: str) -> None:
+        """`refusal`: what is said where another holds it, with {holder} for what that one has written down."""
+        import fcntl  # absent on Windows, where everything but training and the fleet still works
 
-        self.path = run_dir / LOCK
-        with writing(run_dir):
-            self._file = self.path.open("a+", encoding="utf-8")
+        self._file = path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.seek(0)
             holder = self._file.read().strip() or "unknown"
             self._file.close()
-            raise UserError(
-                f"{run_dir} is in use by another process ({holder}): wait for it or stop it, or give another --run"
-            ) from error
+            raise UserError(refusal.replace("{holder}", holder)) from error
         self._file.truncate(0)
         self._file.write(f"pid {os.getpid()}\n")
         self._file.flush()
@@ -56,11 +53,22 @@ class RunLock:
         """Give the folder free (closing drops the lock; the file stays, since removing it would race)."""
         self._file.close()
 
-    def __enter__(self) -> RunLock:
+    def __enter__(self) -> FileLock:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.release()
+
+
+class RunLock(FileLock):
+    """Held while a process trains in the folder."""
+
+    def __init__(self, run_dir: Path) -> None:
+        with writing(run_dir):
+            super().__init__(
+                run_dir / LOCK,
+                f"{run_dir} is in use by another process ({{holder}}): wait for it or stop it, or give another --run",
+            )
 
 
 def read_metrics(run_dir: Path, up_to_step: int | None = None) -> list[dict[str, Any]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from fireflyer.checkpoint.run_folder import FileLock
 from fireflyer.errors import UserError
 
 VARIABLE = "FIREFLYER_FLEET"
@@ -60,23 +60,11 @@ class StateFolder:
             ) from error
 
 
-class ControllerLock:
-    """Held by the one controller of a state folder; the kernel drops it with the process."""
+class ControllerLock(FileLock):
+    """Held by the one controller of a state folder."""
 
     def __init__(self, folder: StateFolder) -> None:
-        self._file = folder.lock.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "unknown"
-            self._file.close()
-            raise UserError(
-                f"{folder.root} has a controller already (pid {holder}): use it, or end it with fireflyer fleet down"
-            ) from error
-        self._file.truncate(0)
-        self._file.write(f"{os.getpid()}\n")
-        self._file.flush()
-
-    def release(self) -> None:
-        self._file.close()
+        super().__init__(
+            folder.lock,
+            f"{folder.root} has a controller already ({{holder}}): use it, or end it with fireflyer fleet down",
+        )
