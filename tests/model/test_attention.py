@@ -140,40 +140,6 @@ def test_ragged_prompts_padded_on_the_right_equal_each_alone(tiny, ids):
                 torch.testing.assert_close(logits[row], alone[row][n + step], rtol=0, atol=3e-5)
 
 
-def test_rows_of_a_cache_are_filled_one_after_the_other(tiny, ids):
-    """How prompts enter a running batch: a part shares the memory and counts its own lengths."""
-    model = tiny("v3")
-    input_ids = ids(3, 20)
-    cache = ContiguousCache(model.config, 3, 24)
-    with torch.no_grad():
-        whole = model(input_ids).logits
-        for start, stop in ((0, 1), (1, 3)):
-            part = cache.rows(start, stop)
-            model(input_ids[start:stop, :19], cache=part)
-            part.advance(19)
-            assert part.lengths.tolist() == [19] * (stop - start)
-        assert cache.lengths.tolist() == [0, 0, 0]
-        cache.lengths[:] = 19
-        last = model(input_ids[:, 19:], cache=cache).logits[:, 0]
-    torch.testing.assert_close(last, whole[:, 19], rtol=0, atol=3e-5)
-
-
-def test_a_moved_row_goes_on_in_its_new_place_of_a_grown_cache(tiny, ids):
-    model = tiny("v3")
-    input_ids = ids(3, 20)
-    cache = ContiguousCache(model.config, 3, 19)
-    with torch.no_grad():
-        whole = model(input_ids).logits
-        model(input_ids[:, :19], cache=cache)
-        cache.advance(torch.tensor([19, 7, 19]))
-        cache.move_row(2, 1)
-        assert cache.lengths.tolist() == [19, 19, 19]
-        cache.grow(23)
-        assert cache.max_length == 23
-        last = model(input_ids[[0, 2], 19:], cache=cache.rows(0, 2)).logits[:, 0]
-    torch.testing.assert_close(last, whole[[0, 2], 19], rtol=0, atol=3e-5)
-
-
 def test_the_cache_keeps_576_numbers_a_token_at_full_size():
     from fireflyer.config import load_config
 

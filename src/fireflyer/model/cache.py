@@ -7,7 +7,6 @@ lies beyond every real query until a real token overwrites it.
 
 from __future__ import annotations
 
-import copy
 from typing import Protocol
 
 import torch
@@ -62,21 +61,3 @@ class ContiguousCache:
     def advance(self, num_tokens_B: Tensor | int) -> None:
         """Count the tokens of the last call as held; without padding that is its T."""
         self.lengths = self.lengths + num_tokens_B
-
-    def rows(self, start: int, stop: int) -> ContiguousCache:
-        """Sequences `start` to `stop` as a cache of their own over the same memory; it counts its lengths itself."""
-        part = copy.copy(self)
-        part.slots, part.lengths = self.slots[:, start:stop], self.lengths[start:stop]
-        part._rows_B1 = self._rows_B1[: stop - start]
-        return part
-
-    def move_row(self, source: int, target: int) -> None:
-        """Put sequence `source` in the place of `target`: how a batch closes the gap of one that has ended."""
-        self.slots[:, target] = self.slots[:, source]
-        self.lengths[target] = self.lengths[source]
-
-    def grow(self, max_length: int) -> None:
-        """Make room for `max_length` slots a sequence. Views taken by `rows` keep the old memory."""
-        old = self.slots
-        self.slots = old.new_zeros(old.shape[0], old.shape[1], max_length, old.shape[3])
-        self.slots[:, :, : old.shape[2]] = old
