@@ -37,6 +37,11 @@ def add_parser(subparsers: Any) -> None:
         "--from", dest="init_from", metavar="CHECKPOINT", help="go on from these weights: continued pretraining"
     )
     parser.add_argument(
+        "--size",
+        metavar="10M",
+        help="total parameters: width, depth, experts, learning rate, batch and tokens follow from it",
+    )
+    parser.add_argument(
         "--run",
         metavar="DIR",
         help="the run's folder: checkpoints, metrics, recipe (default runs/ and the recipe's name)",
@@ -70,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         init_from=args.init_from,
         encoding_errors=args.encoding_errors,
+        size=args.size,
     )
     if args.dry_run:
         from fireflyer.cli.dry_run import describe, plan
@@ -79,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not recipe.data.sources:
         raise UserError("no data: give --data PATH (files or folders of text), or --data builtin:stdlib to try it")
-    run_dir = args.run or _default_run(args.recipe or args.init_from)
+    run_dir = args.run or _default_run(args.recipe or args.init_from, args.size)
     summary = _train(recipe, run_dir, args.json)
     if args.json:
         from dataclasses import asdict
@@ -88,14 +94,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _default_run(config: str | None) -> str:
-    """runs/NAME, after the recipe, the model shape or the checkpoint."""
+def _default_run(config: str | None, size: str | None) -> str:
+    """runs/NAME, after the recipe, the model shape or the checkpoint, and the size that was asked for."""
     from pathlib import Path
 
     from fireflyer.train.recipe import DEFAULT_RECIPE
 
     path = Path(config or DEFAULT_RECIPE).resolve()
-    return str(Path("runs") / (path.stem if path.suffix in (".toml", ".json") else path.name))
+    name = path.stem if path.suffix in (".toml", ".json") else path.name
+    return str(Path("runs") / (name if size is None else f"{name}-{size}"))
 
 
 def _train(recipe: Recipe, run_dir: str, json_on_stdout: bool) -> Summary:

@@ -18,7 +18,9 @@ from fireflyer.config import ModelConfig, load_config
 from fireflyer.config.files import PRESETS, find_config, read_toml
 from fireflyer.config.messages import nearest, shown
 from fireflyer.errors import UserError
+from fireflyer.train.quantities import parse_quantity
 from fireflyer.train.settings import FinalPhase, Recipe, SettingError, Table
+from fireflyer.train.size import parse_size, sized_settings
 from fireflyer.train.toml import to_toml_text
 
 if sys.version_info >= (3, 11):
@@ -40,11 +42,15 @@ CHOICES = {"device": "auto", "dtype": "auto", "threads": 0}
 
 @dataclass(frozen=True)
 class Layer:
-    """Settings from one place; `labels` says for single keys how the user spelt them, `label` for the rest."""
+    """Settings from one place; `labels` says for single keys how the user spelt them, `label` for the rest.
+
+    whole_model: its [model] replaces what lies below it, instead of changing single keys.
+    """
 
     values: dict[str, Any]
     label: str
     labels: dict[str, str]
+    whole_model: bool = False
 
 
 def load_recipe(
@@ -55,6 +61,7 @@ def load_recipe(
     tokenizer: str | None = None,
     init_from: str | None = None,
     encoding_errors: str | None = None,
+    size: str | None = None,
 ) -> Recipe:
     """The recipe of a command. Raises UserError with the key, the value, where it came from and how to mend it.
 
@@ -64,6 +71,8 @@ def load_recipe(
         overrides: "key=value", dotted keys, TOML values; a bare word is a string.
         sources, tokenizer, encoding_errors: data.sources, data.tokenizer, data.encoding_errors.
         init_from: a checkpoint to go on from: its model replaces the recipe's, its tokenizer is the default.
+        size: total parameters ("10M"), from which model, learning rate, batch and tokens follow (see size.py); not
+            with init_from.
     """
     layers = [_layer_of(config)] if config is not None or init_from is None else []
     options = {
@@ -73,9 +82,15 @@ def load_recipe(
     }
     if init_from is not None:
         layers.append(_layer_of_checkpoint(init_from))
-    layers.append(_layer_of_options({key: pair for key, pair in options.items() if pair[0] is not None}))
-    layers.append(_layer_of_overrides(overrides))
-    return _resolve(layers)
+    given = [
+        _layer_of_options({key: pair for key, pair in options.items() if pair[0] is not None}),
+        _layer_of_overrides(overrides),
+    ]
+    if size is not None:
+        if init_from is not None:
+            raise UserError(f"--size {size}: the checkpoint of --from {init_from} has its size; leave one of them out")
+        layers.append(_layer_of_size(size, [*layers, *given], given))
+    return _resolve([*layers, *given])
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -162,7 +177,24 @@ def _layer_of_checkpoint(init_from: str) -> Layer:
     values: dict[str, Any] = {"init_from": init_from, "model": _full_precision(load_config(folder))}
     if (folder / "tokenizer.json").is_file():
         values["data"] = {"tokenizer": str(folder / "tokenizer.json")}
-    return Layer(values, label, {})
+    return Layer(values, label, {}, whole_model=True)
+
+
+def _layer_of_size(size: str, layers: list[Layer], given: list[Layer]) -> Layer:
+    """What --size decides, for the tokenizer of all layers and the length that the user gives."""
+    length = {key: value for key, value in _merged(given).items() if key in ("steps", "tokens")}
+    try:
+        counts = {key: parse_quantity(value) for key, value in length.items()}
+    except ValueError:
+        counts = {}  # refused with its own words when the recipe is built
+    asked = _merged(given).get("model", {}).get("vocab_size")
+    values = sized_settings(
+        parse_size(size),
+        vocab_size=_tokenizer_size(layers) or (asked if isinstance(asked, int) else None),
+        tokens=counts.get("tokens") or None,
+        steps=counts.get("steps") or None,
+    )
+    return Layer(values, f"--size {size}", {}, whole_model=True)
 
 
 def _full_precision(config: ModelConfig) -> dict[str, Any]:
@@ -259,13 +291,13 @@ def _model_source(layers: list[Layer]) -> str:
 
 
 def _merged(layers: list[Layer]) -> dict[str, Any]:
-    """Later layers win, table by table; a checkpoint's model is whole; the last layer with a length decides it."""
+    """Later layers win, table by table, unless a model is whole; the last layer with a length decides it."""
     merged: dict[str, Any] = {}
     for layer in layers:
         lengths = [key for key in LENGTHS if key in layer.values]
         if lengths:
             merged = {key: value for key, value in merged.items() if key not in LENGTHS}
-        if "init_from" in layer.values:
+        if layer.whole_model:
             merged.pop("model", None)
         values = {key: value for key, value in layer.values.items() if key not in lengths[1:]}
         merged = _merge(merged, values)
