@@ -3,7 +3,7 @@
 #   make demo                train a small DeepSeek-V3 from random weights and print its receipt
 #   make test                every check (style, types, floors, tests), under 15 minutes on 2 cores
 #   make proof [PART=name]   the long evidence of one part, or of all; rewrites the tables in docs
-#   make lint | wheel | tables | clean
+#   make lint | native | wheel | tables | clean
 #
 # PYTHON=python3.12 picks another interpreter, VENV=folder another environment (an existing one is used as it is).
 # TORCH='...' is what to install where torch is absent; an installed torch is never replaced.
@@ -14,13 +14,13 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint proof tables wheel clean
+.PHONY: demo test lint native proof tables wheel clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.fireflyer-core
 	@$(BIN)/fireflyer demo
 
-test: lint
+test: lint $(VENV)/.fireflyer-native
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
 lint: $(VENV)/.fireflyer-dev
@@ -29,7 +29,7 @@ lint: $(VENV)/.fireflyer-dev
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 	@$(BIN)/lint-imports --no-logo
 
-proof: $(VENV)/.fireflyer-dev
+proof: $(VENV)/.fireflyer-dev $(VENV)/.fireflyer-native
 	@$(BIN)/python -m benchmarks $(PART)
 
 tables: $(VENV)/.fireflyer-dev
@@ -41,5 +41,15 @@ wheel: $(VENV)/.fireflyer-dev
 $(VENV)/.fireflyer-core $(VENV)/.fireflyer-dev: pyproject.toml scripts/install.sh
 	@PYTHON='$(PYTHON)' VENV='$(VENV)' TORCH='$(TORCH)' sh scripts/install.sh $(patsubst .fireflyer-%,%,$(@F))
 
+native: $(VENV)/.fireflyer-dev
+	@$(BIN)/python hatch_build.py
+
+NATIVE_SOURCES := hatch_build.py $(wildcard src/fireflyer/numerics/native/*.[ch])
+
+$(VENV)/.fireflyer-native: $(VENV)/.fireflyer-dev $(NATIVE_SOURCES)
+	@$(BIN)/python hatch_build.py
+	@touch $@
+
 clean:
+	rm -f src/fireflyer/numerics/native/*.so
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .import_linter_cache .hypothesis

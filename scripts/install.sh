@@ -45,6 +45,19 @@ need_venv_module() {
     apt_install "$package" || stop "could not install $package; mend what apt-get says above, then make again"
 }
 
+want_compiler() {
+    # The native kernels are compiled as Fireflyer is installed; without them all works, quantised models slower.
+    for name in cc gcc clang; do
+        if command -v "$name" >/dev/null 2>&1; then return 0; fi
+    done
+    if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; then
+        say "installing for the native kernels: gcc"
+        apt_install gcc libc6-dev || say "could not install gcc; going on without the native kernels"
+    else
+        say "no C compiler here: going on without the native kernels. On Debian: apt-get install gcc libc6-dev"
+    fi
+}
+
 want_test_programs() {
     # The page is tested in a real browser, the fleet on a real Slurm. Without them those tests say so and are skipped.
     missing=
@@ -94,6 +107,7 @@ say "installing Fireflyer ($what) beside torch $(torch_version)"
 case $what in
 core) pip install -qq --constraint "$constraint" --editable . ;;
 dev)
+    want_compiler
     pip install -qq --constraint "$constraint" --editable '.[dev]'
     want_test_programs
     ;;

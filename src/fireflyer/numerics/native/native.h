@@ -1,0 +1,53 @@
+/* The kernels' one description of a matrix, of a team of threads, and of what each source file offers the others.
+ *
+ * Every kernel computes y = x Wᵀ on raw pointers, knows nothing of torch, and has its oracle in torch (see library.py).
+ * A *team* is the threads inside one parallel region: each calls the same `_team` function with its own `id`, and owns
+ * some strips of output rows, so that a result never depends on how many threads there are. */
+#ifndef FIREFLYER_NATIVE_H
+#define FIREFLYER_NATIVE_H
+
+#include <stdint.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+/* What the CPU can do, in rising order; a kernel takes the highest level that it has a form for. */
+enum { LEVEL_SCALAR = 0, LEVEL_AVX2 = 1, LEVEL_AVX512 = 2, LEVEL_VNNI = 3, LEVEL_AMX = 4, LEVEL_NEON = 10 };
+
+enum { KIND_FP32 = 0, KIND_BF16 = 1, KIND_INT8 = 2, KIND_INT4 = 3 };
+
+/* W, `rows` outputs by `cols` inputs. fp32 and bf16: row-major, `stride` elements from row to row. int8 and int4: one
+ * block of bytes as numerics/integer.py packs it; `stride` means nothing. */
+typedef struct {
+    const void *data;
+    int64_t stride;
+    int32_t rows, cols;
+    int32_t kind;
+} FFMatrix;
+
+typedef struct {
+    int id, count; /* this thread, of so many */
+    int *barrier;  /* two ints, zero at first, shared by the team */
+} FFTeam;
+
+typedef void (*FFTask)(void *argument, const FFTeam *team);
+
+/* Runs task on `threads` threads and returns when all are done. Uses torch's own OpenMP pool where it finds one. */
+void ff_parallel(int threads, FFTask task, void *argument);
+/* How many of `threads` are worth waking for so many multiplications (where memory is the limit, four times as many). */
+int ff_worth(int64_t work, int threads);
+/* Waits for the whole team, spinning: only between pieces of work of microseconds to milliseconds. */
+void ff_barrier(const FFTeam *team);
+/* The share of `count` things that this thread owns: [*begin, *end), in multiples of `step`. */
+void ff_share(const FFTeam *team, int64_t count, int64_t step, int64_t *begin, int64_t *end);
+/* At least `bytes` of this thread's own memory, aligned to 64; slots 0..3 are apart. NULL where there is none left. */
+void *ff_scratch(int slot, int64_t bytes);
+
+int ff_level(void);
+
+/* y[m, r] = Σ_k x[m, k] W[r, k] for the strips that this thread owns; any number of rows m, made for few. fp32 x. */
+void ff_linear_team(const FFMatrix *w, const float *x, int64_t x_stride, int m, float *y, int64_t y_stride,
+                    const FFTeam *team);
+void ff_float_rows(const FFMatrix *w, const float *x, int64_t x_stride, int m, float *y, int64_t y_stride,
+                   int64_t begin, int64_t end);
+
+#endif
