@@ -90,7 +90,7 @@ def _facts(llm: LLM, speed: Speed, bandwidth: float | None) -> dict[str, Any]:
     import torch
 
     return {
-        "dtype": str(llm.model.head_weight.dtype).removeprefix("torch."),
+        "dtype": str(llm.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "prefill_tokens_per_s": speed.prefill_tokens_per_s,
         "decode_tokens_per_s": speed.decode_tokens_per_s,

@@ -30,7 +30,7 @@ def held_out_likelihood(model: Decoder, rows: HeldOutRows, *, mask_documents: bo
 
     `mask_documents`: documents don't see each other, as the model was trained; the rows must have been packed so.
     """
-    device = model.head_weight.device
+    device = model.device
     total = 0.0
     for batch in rows.batches:
         out = model.trunk(

@@ -31,7 +31,7 @@ def mtp_acceptance(model: Decoder, sequences: Sequence[tuple[Sequence[int], int]
         if not part:
             continue
         # Padding at the right is seen by no token before it.
-        tokens = pad_sequence([torch.tensor(ids) for ids, _ in part], batch_first=True).to(model.head_weight.device)
+        tokens = pad_sequence([torch.tensor(ids) for ids, _ in part], batch_first=True).to(model.device)
         drafts = model.head(model.trunk(tokens, num_mtp=1).mtp_hidden[0]).argmax(-1)
         for row, (ids, prompt_length) in enumerate(part):
             # Row i of depth 1 knows the tokens up to i+1 and drafts token i+2.

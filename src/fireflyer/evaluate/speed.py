@@ -64,13 +64,13 @@ def measure_speed(llm: LLM, prompts: Sequence[list[int]], new_tokens: int) -> Sp
     experts = _experts_per_layer(llm, plain, prompts, min(new_tokens, _LOOKED_AT))
     # While the answers grow, a step reads on average half of them from the cache.
     contexts = [len(prompt) + new_tokens // 2 for prompt in prompts]
-    weight = llm.model.head_weight
+    dtype = llm.model.dtype
     step_bytes = decode_step_bytes(
         llm.config,
         contexts,
         experts_per_layer=experts,
-        bytes_per_weight=weight.element_size(),
-        bytes_per_cached=cache_torch_dtype(llm.options.cache_dtype, weight.dtype).itemsize,
+        bytes_per_weight=dtype.itemsize,
+        bytes_per_cached=cache_torch_dtype(llm.options.cache_dtype, dtype).itemsize,
     )
     with_drafts = None
     if llm.config.num_nextn_predict_layers and llm.options.num_speculative_tokens != 0:

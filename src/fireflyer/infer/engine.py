@@ -37,7 +37,7 @@ class Engine:
     """One model, its cache, and the requests that share it. Not for several threads at once."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer | None, options: EngineOptions) -> None:
-        config, weight = model.config, model.head_weight
+        config = model.config
         wanted = options.num_speculative_tokens
         num_depths = config.num_nextn_predict_layers
         num_drafts = num_depths if wanted is None else wanted
@@ -48,9 +48,9 @@ class Engine:
         num_depths = min(num_depths, num_drafts)
         self.options = options
         self.max_length = options.max_length or config.max_position_embeddings
-        dtype = cache_torch_dtype(options.cache_dtype, weight.dtype)
+        dtype = cache_torch_dtype(options.cache_dtype, model.dtype)
         num_layers = config.num_hidden_layers + num_depths
-        num_blocks = self._affordable_blocks(slot_bytes(num_layers, config.latent_dim, dtype), weight.device)
+        num_blocks = self._affordable_blocks(slot_bytes(num_layers, config.latent_dim, dtype), model.device)
         try:
             cache = PagedCache(
                 num_layers,
@@ -59,8 +59,8 @@ class Engine:
                 config.latent_dim,
                 config.kv_lora_rank,
                 dtype,
-                weight.dtype,
-                weight.device,
+                model.dtype,
+                model.device,
             )
         except (OSError, torch.cuda.OutOfMemoryError):
             raise UserError(f"cache_gib is {options.cache_gib}; the system does not give so much memory") from None

@@ -40,7 +40,7 @@ class ModelRunner:
     """A decoder and the cache of its sequences. tiles: for results that don't depend on the other rows of a step."""
 
     def __init__(self, model: Decoder, cache: PagedCache, tiles: RowTiles | None = None) -> None:
-        self.device = model.head_weight.device
+        self.device = model.device
         self._model, self._cache, self._tiles = model, cache, tiles
         self._absorbed_up_to = absorbed_up_to(model.config)
 

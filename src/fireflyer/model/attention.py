@@ -162,7 +162,7 @@ class LatentAttention(nn.Module):
 
     def _absorbed(self, q_nope_BTHP: Tensor, q_rope_BTHR: Tensor, kept_BSC: Tensor, mask_BTS: Tensor | None) -> Tensor:
         batch, tokens = q_nope_BTHP.shape[:2]
-        up_key_HPL, up_value_HVL = self._up()
+        up_key_HPL, up_value_HVL = self._up(q_nope_BTHP.dtype)
         q_latent_HNL = torch.bmm(q_nope_BTHP.flatten(0, 1).transpose(0, 1), up_key_HPL)
         q_latent_BTHL = q_latent_HNL.transpose(0, 1).unflatten(0, (batch, tokens))
         q_BXC = torch.cat((q_latent_BTHL, q_rope_BTHR), dim=-1).flatten(1, 2)
@@ -178,9 +178,9 @@ class LatentAttention(nn.Module):
         out_HNV = torch.bmm(out_HNL, up_value_HVL.transpose(1, 2))
         return out_HNV.transpose(0, 1).flatten(1).unflatten(0, (batch, tokens))
 
-    def _up(self) -> tuple[Tensor, Tensor]:
+    def _up(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The latent's expansion to keys and to values, per head."""
-        up_HXL = self.kv_b_proj.weight.unflatten(0, (self.num_heads, self.nope + self.value))
+        up_HXL = self.kv_b_proj.weight.to(dtype).unflatten(0, (self.num_heads, self.nope + self.value))
         up_key_HPL, up_value_HVL = up_HXL.split((self.nope, self.value), dim=1)
         return up_key_HPL, up_value_HVL
 
@@ -188,7 +188,7 @@ class LatentAttention(nn.Module):
         self, q_nope_BTHP: Tensor, q_rope_BTHR: Tensor, kept_BSC: Tensor, last_BT: Tensor, tiles: RowTiles
     ) -> Tensor:
         """`_absorbed` where no query's result depends on the others; `last_BT`: the last slot that each sees."""
-        up_key_HPL, up_value_HVL = self._up()
+        up_key_HPL, up_value_HVL = self._up(q_nope_BTHP.dtype)
         q_HNL = tiles.heads(q_nope_BTHP.flatten(0, 1).transpose(0, 1), up_key_HPL)
         q_latent_BTHL = q_HNL.transpose(0, 1).unflatten(0, last_BT.shape)
         q_BTHC = torch.cat((q_latent_BTHL, q_rope_BTHR), dim=-1)

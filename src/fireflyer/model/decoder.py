@@ -22,7 +22,7 @@ from fireflyer.model.experts import Experts, Gate, Routing
 from fireflyer.model.mtp import MTPModule
 from fireflyer.model.norm import RMSNorm
 from fireflyer.model.rope import rope_amplitude, rope_cos_sin, rope_frequencies
-from fireflyer.model.row_tiles import RowTiles
+from fireflyer.model.row_tiles import RowTiles, linear
 
 ABSORBED_UP_TO = 8
 """With a cache, calls of at most this many tokens run absorbed: beyond, expanding the latents once is cheaper."""
@@ -63,6 +63,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = DecoderStack(config)
+        self.lm_head: nn.Module | None = None
+        """None where the embedding serves as head."""
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -91,12 +93,31 @@ class Decoder(nn.Module):
 
     def head(self, hidden: Tensor, tiles: RowTiles | None = None) -> Tensor:
         """(..., D) to (..., vocab); the one head that all depths share. tiles: as `trunk` takes them."""
-        return F.linear(hidden, self.head_weight) if tiles is None else tiles.linear(hidden, self.head_weight)
+        if self.lm_head is not None:
+            return linear(self.lm_head, hidden, tiles)
+        weight = self.model.embed_tokens.weight
+        return F.linear(hidden, weight) if tiles is None else tiles.linear(hidden, weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states."""
+        return self.model.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
 
     @property
     def head_weight(self) -> Tensor:
-        """(vocab, D); the embedding's own where the configuration ties them."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        """(vocab, D); the embedding's own where the configuration ties them. For training: a packed head has none."""
+        if self.lm_head is None:
+            return self.model.embed_tokens.weight
+        assert isinstance(self.lm_head, nn.Linear)
+        return self.lm_head.weight
+
+    def embed(self, input_ids: Tensor | None) -> Tensor:
+        """(...) int64 to (..., D)."""
+        return self.model.embed_tokens(input_ids).to(self.dtype)
 
     def trunk(
         self,
@@ -131,7 +152,7 @@ class Decoder(nn.Module):
             raise ValueError("give either input_ids or inputs_embeds")
         if tiles is not None and document_ids is not None:
             raise ValueError("document_ids can't be combined with tiles: these are for inference")
-        embeds_BTD = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds_BTD = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         tokens = embeds_BTD.shape[1]
         if positions is None:
             start = 0 if cache is None else cache.lengths[:, None]
@@ -189,7 +210,7 @@ class Decoder(nn.Module):
             groups, tiles: as `trunk` takes them.
         """
         inputs = AttentionInputs(*self._cos_sin(positions_BT), tuple(groups), tiles)
-        return self.model.mtp[depth](hidden_BTD, self.model.embed_tokens(next_ids_BT), inputs)[0]
+        return self.model.mtp[depth](hidden_BTD, self.embed(next_ids_BT), inputs)[0]
 
     def _cos_sin(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         frequencies = rope_frequencies(self.config, positions_BT.device)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fireflyer.model.deterministic import swiglu_layer
-from fireflyer.model.row_tiles import RowTiles
+from fireflyer.model.deterministic import exact_swiglu
+from fireflyer.model.row_tiles import RowTiles, linear
 
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -133,6 +133,5 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor, tiles: RowTiles | None = None) -> Tensor:
-        if tiles is not None:
-            return swiglu_layer(x, self.gate_up_proj.weight, self.down_proj.weight, tiles)
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+        gate_up = linear(self.gate_up_proj, x, tiles)
+        return linear(self.down_proj, swiglu(gate_up) if tiles is None else exact_swiglu(gate_up), tiles)

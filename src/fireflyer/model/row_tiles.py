@@ -67,9 +67,9 @@ class RowTiles:
         return _in_pieces(lambda a: torch.bmm(a, b_BKN), heights, a_BMK)
 
 
-def linear(layer: nn.Linear, x: Tensor, tiles: RowTiles | None) -> Tensor:
-    """`layer(x)`, in tiles where there are any."""
-    return layer(x) if tiles is None else tiles.linear(x, layer.weight)
+def linear(layer: nn.Module, x: Tensor, tiles: RowTiles | None) -> Tensor:
+    """`layer(x)`, in tiles where there are any; a packed layer needs none, as its sums are of whole numbers."""
+    return tiles.linear(x, layer.weight) if tiles is not None and isinstance(layer, nn.Linear) else layer(x)
 
 
 def _agreeing_with_weight(weight_NK: Tensor) -> tuple[int, ...]:
