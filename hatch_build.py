@@ -1,6 +1,6 @@
-"""Compiles the native kernels beside their loader, where a C compiler is; without one the package is whole, and slower.
+"""Compiles the native kernels beside their loader where a C compiler is; without one the package is whole, and slower.
 
-The build of a wheel or of an editable install calls the hook. `python hatch_build.py` compiles in place, for developers.
+The build of a wheel or an editable install calls the hook. `python hatch_build.py` compiles in place, for developers.
 CC names another compiler, CFLAGS adds to its words; FIREFLYER_NATIVE=0 leaves the kernels out.
 """
 

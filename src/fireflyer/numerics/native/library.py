@@ -4,10 +4,10 @@
 FIREFLYER_NATIVE=0) means that torch computes: each kernel here has its equal in torch, which tests hold it to.
 FIREFLYER_NATIVE=scalar|avx2|avx512|vnni|amx keeps to what a lesser CPU has.
 
-Threads. The kernels run on torch's own OpenMP pool, which the library finds at run time (threads.c), so the same threads
-do torch's work and theirs; call from the thread that runs torch's operations, since the pool belongs to its caller. A
-region costs about a microsecond while the pool's threads still spin, tens of them once they sleep. So work of a decode
-step should be few regions, and inside a region `ff_barrier` between its parts: native.h's `_team` functions are for that.
+Threads. The kernels run on torch's own OpenMP pool, found at run time (threads.c), so the same threads do torch's work
+and theirs; call from the thread that runs torch's operations, since the pool belongs to its caller. A region costs about
+a microsecond while the pool's threads still spin, tens of them once they sleep. So the work of a decode step should be
+few regions, with `ff_barrier` between the parts inside one: the `_team` functions of native.h are for that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -64,7 +64,9 @@ class Library:
 
     def linear(self, x: Tensor, weight: Matrix) -> Tensor:
         """y = x Wᵀ: x (M, cols) fp32 gives (M, rows) fp32, made for few rows of x."""
-        assert x.dtype == torch.float32 and x.dim() == 2 and x.stride(1) == 1 and x.shape[1] == weight.cols
+        assert x.dtype == torch.float32
+        assert x.shape[1:] == (weight.cols,)
+        assert x.stride(1) == 1
         y = torch.empty(x.shape[0], weight.rows)
         self.raw.ff_linear(
             weight, x.data_ptr(), x.stride(0), x.shape[0], y.data_ptr(), weight.rows, torch.get_num_threads()
@@ -74,7 +76,9 @@ class Library:
 
 def dense_matrix(weight: Tensor) -> Matrix:
     """A weight as torch keeps it: (rows, cols) fp32 or bf16 on the CPU, unit stride along its inputs."""
-    assert weight.device.type == "cpu" and weight.dim() == 2 and weight.stride(1) == 1
+    assert weight.device.type == "cpu"
+    assert weight.dim() == 2
+    assert weight.stride(1) == 1
     kind = {torch.float32: FP32, torch.bfloat16: BF16}[weight.dtype]
     return Matrix(weight.data_ptr(), weight.stride(0), weight.shape[0], weight.shape[1], kind)
 
