@@ -1,4 +1,4 @@
-"""The rest of a run folder: the lock that keeps a second process out, and the metrics that are cut back on resume."""
+"""The rest of a run folder: the lock that keeps a second process out, and the logs that are cut back on resume."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 from fireflyer.checkpoint.run import write_text
 from fireflyer.errors import UserError
 
+EXPERTS = "experts.jsonl"
 LOCK = ".lock"
 METRICS = "metrics.jsonl"
 RECIPE = "recipe.toml"
+SAMPLES = "samples.jsonl"
 SUMMARY = "summary.json"
 TOKENIZER = "tokenizer.json"
 
@@ -71,9 +73,9 @@ class RunLock(FileLock):
             )
 
 
-def read_metrics(run_dir: Path, up_to_step: int | None = None) -> list[dict[str, Any]]:
-    """The whole lines of `metrics.jsonl`, oldest first, of steps up to `up_to_step`; a torn last line is left out."""
-    path = run_dir / METRICS
+def read_metrics(run_dir: Path, up_to_step: int | None = None, *, name: str = METRICS) -> list[dict[str, Any]]:
+    """The whole lines of a log, oldest first, of steps up to `up_to_step`; a torn last line is left out."""
+    path = run_dir / name
     if not path.exists():
         return []
     rows = []
@@ -89,18 +91,21 @@ def read_metrics(run_dir: Path, up_to_step: int | None = None) -> list[dict[str,
 
 
 class MetricsLog:
-    """Appends one JSON object a step to `metrics.jsonl`, beginning after the checkpoint that the run resumes from."""
+    """Appends JSON objects, each with its step, to a log, beginning after the checkpoint that the run resumes from.
 
-    def __init__(self, run_dir: Path, *, resume_step: int) -> None:
-        self.path = run_dir / METRICS
-        text = "".join(_line(row) for row in read_metrics(run_dir, up_to_step=resume_step))
+    name: METRICS, or that of another log of the folder.
+    """
+
+    def __init__(self, run_dir: Path, *, resume_step: int, name: str = METRICS) -> None:
+        self.path = run_dir / name
+        text = "".join(_line(row) for row in read_metrics(run_dir, up_to_step=resume_step, name=name))
         with writing(self.path):
             if not self.path.exists() or self.path.read_bytes() != text.encode():
                 write_text(self.path, text)
             self._file = self.path.open("ab", buffering=0)  # a line is with the kernel before the next step begins
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one step's line; NaN is refused, since it isn't JSON. Raises UserError when the disk is full."""
+        """Write one line; NaN is refused, since it isn't JSON. Raises UserError when the disk is full."""
         line = _line(row).encode()
         with writing(self.path):
             while line:

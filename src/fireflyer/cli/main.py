@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from fireflyer import __version__
-from fireflyer.cli import bench, chat, demo, export, fleet, generate, inspect, plan, pretrain, serve
+from fireflyer.cli import bench, chat, demo, export, fleet, generate, inspect, plan, pretrain, report, serve
 from fireflyer.errors import Stopped, UserError
 
 VERBS = {
@@ -27,6 +27,7 @@ VERBS = {
     "chat": chat,
     "serve": serve,
     "bench": bench,
+    "report": report,
     "inspect": inspect,
     "plan": plan,
     "fleet": fleet,

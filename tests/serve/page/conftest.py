@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from browser import chromium, opened
 from playwright.sync_api import Browser, Page, expect
 
-from .browser import chromium, opened
 from .scripted_server import ScriptedServer, serving
 
 

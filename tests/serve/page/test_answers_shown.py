@@ -8,7 +8,7 @@ import re
 import pytest
 from playwright.sync_api import Page, expect
 
-from .browser import answer, ask
+from .asking import answer, ask
 from .scripted_server import CHOSEN, EXPERTS, LAYERS, Script
 
 MARKDOWN = r"""# Roots

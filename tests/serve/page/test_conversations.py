@@ -7,9 +7,10 @@ import re
 from contextlib import ExitStack
 
 import pytest
+from browser import opened
 from playwright.sync_api import expect
 
-from .browser import answer, ask, opened, wait_until
+from .asking import answer, ask, wait_until
 from .scripted_server import Script, ScriptedServer, serving
 
 

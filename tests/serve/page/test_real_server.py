@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from browser import opened
 from playwright.sync_api import Browser, Page, expect
 from served import Served
 
-from .browser import answer, ask, opened, wait_until
+from .asking import answer, ask, wait_until
 
 
 @pytest.fixture(scope="module")

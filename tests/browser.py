@@ -1,15 +1,14 @@
-"""Headless Chromium on the chat page: one browser for a module's tests, a fresh profile for each test."""
+"""Headless Chromium: one browser for a module's tests, a fresh profile for each test."""
 
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 TIMEOUT_MS = 20_000
@@ -50,24 +49,3 @@ def opened(browser: Browser, url: str, **context: Any) -> Iterator[Page]:
     assert [address for address in asked if not address.startswith((url, "data:"))] == []
     # A refused request is what some tests are about; the browser notes it by itself.
     assert [trouble for trouble in troubles if not trouble.startswith("Failed to load resource")] == []
-
-
-def ask(page: Page, text: str) -> None:
-    """Type a question and wait for the whole answer."""
-    answers = page.locator(".message.assistant").count()
-    page.fill("#prompt", text)
-    page.press("#prompt", "Enter")
-    expect(page.locator(".message.assistant")).to_have_count(answers + 1)
-    expect(page.locator("#send")).to_be_visible()
-
-
-def answer(page: Page) -> Locator:
-    """The newest one."""
-    return page.locator(".message.assistant").last
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
