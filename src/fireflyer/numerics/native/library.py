@@ -5,9 +5,9 @@ FIREFLYER_NATIVE=0) means that torch computes: each kernel here has its equal in
 FIREFLYER_NATIVE=scalar|avx2|avx512|vnni|amx keeps to what a lesser CPU has.
 
 Threads. The kernels run on torch's own OpenMP pool, found at run time (threads.c), so the same threads do torch's work
-and theirs; call from the thread that runs torch's operations, since the pool belongs to its caller. A region costs about
-a microsecond while the pool's threads still spin, tens of them once they sleep. So the work of a decode step should be
-few regions, with `ff_barrier` between the parts inside one: the `_team` functions of native.h are for that.
+and theirs; call from the thread that runs torch's operations, since the pool belongs to its caller. A region costs a
+microsecond or two while the pool's threads still spin, tens of them once they sleep. So the work of a decode step should
+be few regions, with `ff_barrier` between the parts inside one: the `_team` functions of native.h are for that.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fireflyer.errors import UserError
+from fireflyer.numerics.integer import PackedShape
 
 FOLDER = Path(__file__).resolve().parent
 LEVELS = {"scalar": 0, "avx2": 1, "avx512": 2, "vnni": 3, "amx": 4, "neon": 10}
@@ -72,6 +73,14 @@ class Library:
             weight, x.data_ptr(), x.stride(0), x.shape[0], y.data_ptr(), weight.rows, torch.get_num_threads()
         )
         return y
+
+
+def packed_matrix(packed: Tensor, shape: PackedShape) -> Matrix:
+    """A block of bytes that numerics/integer.py packed."""
+    assert packed.device.type == "cpu"
+    assert packed.is_contiguous()
+    assert packed.numel() == shape.num_bytes
+    return Matrix(packed.data_ptr(), 0, shape.rows, shape.cols, {"int8": INT8, "int4": INT4}[shape.kind])
 
 
 def dense_matrix(weight: Tensor) -> Matrix:
