@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from fireflyer.checkpoint.gguf import gguf_tokenizer, is_gguf
 from fireflyer.checkpoint.names import EMBEDDING, published_names, published_places
 from fireflyer.checkpoint.published import CONFIG, FLOATS, INDEX, SINGLE, open_checkpoint, resolve_checkpoint
 from fireflyer.checkpoint.run import sync
@@ -26,9 +27,11 @@ from fireflyer.checkpoint.safetensors_file import TensorRows, num_bytes, rows_pe
 from fireflyer.config import ModelConfig
 from fireflyer.errors import UserError
 from fireflyer.model.decoder import Decoder
+from fireflyer.text.tokenizer import Tokenizer
 
 __all__ = [
     "load_model",
+    "load_tokenizer",
     "published_names",
     "published_views",
     "resolve_checkpoint",
@@ -59,7 +62,7 @@ _loaded_from: WeakKeyDictionary[Decoder, Path] = WeakKeyDictionary()
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Decoder:
-    """A Decoder with the weights of a CHECKPOINT in fp32, bf16, fp16 or block FP8 (dequantised).
+    """A Decoder with the weights of a CHECKPOINT in fp32, bf16, fp16, or block FP8 or a GGUF file (dequantised).
 
     All parameters come in `dtype`, gate biases always in fp32. Memory stays within the model and one tensor: parameters
     are allocated once, unset, and filled from the files by rows. MTP layers that the config declares are left out where
@@ -83,6 +86,14 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     return model
 
 
+def load_tokenizer(path: str | Path) -> Tokenizer | None:
+    """The tokenizer of a CHECKPOINT; None where it has none. Raises UserError."""
+    folder = resolve_checkpoint(path)
+    if is_gguf(folder):
+        return gguf_tokenizer(folder)
+    return Tokenizer.from_file(folder) if (folder / "tokenizer.json").is_file() else None
+
+
 def save_model(
     model: Decoder,
     path: str | Path,
@@ -98,7 +109,7 @@ def save_model(
     """
     if tokenizer_from is None:
         tokenizer_from = _loaded_from.get(model)
-    elif not any((Path(tokenizer_from) / name).is_file() for name in _TOKENIZER_FILES):
+    elif not is_gguf(tokenizer_from) and not any((Path(tokenizer_from) / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(f"{tokenizer_from}: no tokenizer.json or other tokenizer file is in it; give a folder with one")
     tensors = dict(stream_published(model))
     save_published(path, model.config, tensors, max_shard_bytes=max_shard_bytes, tokenizer_from=tokenizer_from)
@@ -170,7 +181,8 @@ def write_published(
         tensors: every published tensor of `config`, whole or still in files; read by rows, as written.
         dtype: what to round them to; default each tensor's own. Gate biases are fp32 in any case.
         max_shard_bytes: above it shards `model-00001-of-000NN.safetensors` with an index; a larger tensor has its own.
-        tokenizer_from: folder whose tokenizer files are copied, as many as it has.
+        tokenizer_from: folder whose tokenizer files are copied, as many as it has; or a GGUF file, whose tokenizer is
+            written out.
 
     Raises OSError where the disk is full, UserError for a dtype that published files don't hold.
     """
@@ -214,6 +226,10 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:
+    if is_gguf(source):
+        if (tokenizer := gguf_tokenizer(source)) is not None:
+            tokenizer.save(folder)
+        return
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

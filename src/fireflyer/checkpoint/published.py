@@ -1,20 +1,22 @@
 """A checkpoint in the published format, opened: every tensor located and checked, none read into memory.
 
-In: a folder with config.json and safetensors in fp32, bf16, fp16 or block FP8, one file or shards with an index; or a
-run folder, whose newest good checkpoint is meant. Out: the config as the files have it, and each published tensor as
-rows that are read (and dequantised) on demand. Whatever is missing, superfluous or misshaped is refused by name before
-anything is loaded. Report sections 2.2 and 3.3; README_WEIGHTS.md of the V3 repository.
+In: a folder with config.json and safetensors in fp32, bf16, fp16 or block FP8, one file or shards with an index; a run
+folder, whose newest good checkpoint is meant; or a GGUF file. Out: the config as the files have it, and each published
+tensor as rows that are read (and dequantised) on demand. Whatever is missing, superfluous or misshaped is refused by
+name before anything is loaded. Report sections 2.2 and 3.3; README_WEIGHTS.md of the V3 repository.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fireflyer.checkpoint.gguf import GGUFPublished, is_gguf, open_gguf
 from fireflyer.checkpoint.names import EMBEDDING, HEAD, Place, published_places, scale_name
 from fireflyer.checkpoint.run import CHECKPOINTS, find_checkpoint
 from fireflyer.checkpoint.safetensors_file import StoredTensor, read_header, rows_per_chunk
@@ -59,13 +61,19 @@ class BlockFP8Tensor:
         return dequantize_block(weight, scale_inv, self.block)[start - first * height :]
 
 
+PublishedTensor = StoredTensor | BlockFP8Tensor | GGUFPublished
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """`config` is what the tensors are: without quantisation, and without MTP layers where the files hold none."""
+    """`config` is what the tensors are: without quantisation, and without MTP layers where the files hold none.
+
+    folder: where they lie; a GGUF file itself.
+    """
 
     folder: Path
     config: ModelConfig
-    tensors: dict[str, StoredTensor | BlockFP8Tensor]
+    tensors: Mapping[str, PublishedTensor]
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -79,6 +87,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
 def _resolve(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"{path}: no such folder; give a checkpoint (config.json and safetensors) or a run folder")
+    if is_gguf(path) and path.is_file():
+        return path
     if not path.is_dir():
         raise UserError(f"{path}: a file, where a checkpoint is a folder; give the folder it lies in")
     if (path / CONFIG).is_file():
@@ -97,8 +107,15 @@ def _resolve(path: Path) -> Path:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Locate and check every tensor of a CHECKPOINT; only headers (and the MTP's copies) are read. Raises UserError."""
     folder = resolve_checkpoint(path)
+    if is_gguf(folder):
+        return Checkpoint(folder, *open_gguf(folder))
     config = ModelConfig.from_file(folder)
-    tensors = _join_scales(_list_tensors(folder), config, folder)
+    if config.is_packed:
+        raise UserError(
+            f"{folder}: its weights are packed as integers, which is for running them; give the checkpoint that it was"
+            " converted from"
+        )
+    tensors = _join_scales(list_tensors(folder), config, folder)
     if not any(_layer_of(name) >= config.num_hidden_layers for name in tensors):
         # transformers declares the MTP layer in every V3 config that it writes, and writes no MTP tensor.
         config = config.replace(num_nextn_predict_layers=0)
@@ -136,7 +153,7 @@ def open_ema(checkpoint: Checkpoint) -> Checkpoint:
     return Checkpoint(checkpoint.folder, checkpoint.config, tensors)
 
 
-def _list_tensors(folder: Path) -> dict[str, StoredTensor]:
+def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder's model, from one file or from the shards that the index names."""
     index, single = folder / INDEX, folder / SINGLE
     if not index.is_file():

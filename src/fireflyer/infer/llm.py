@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from fireflyer.checkpoint.hf import load_model, resolve_checkpoint
+from fireflyer.checkpoint.hf import load_tokenizer, resolve_checkpoint
 from fireflyer.errors import UserError
 from fireflyer.infer.async_engine import AsyncEngine
 from fireflyer.infer.engine import Engine
@@ -27,7 +27,9 @@ from fireflyer.infer.outputs import RequestOutput, StreamPart
 from fireflyer.infer.request import Request
 from fireflyer.infer.sampling_params import SamplingParams
 from fireflyer.infer.structured_output import GrammarCompiler, GrammarState
+from fireflyer.infer.weights import load_weights
 from fireflyer.model.decoder import Decoder
+from fireflyer.numerics.integer import Kind
 from fireflyer.text.stream import StreamDecoder
 from fireflyer.text.templates import Message
 from fireflyer.text.tokenizer import Tokenizer
@@ -41,8 +43,9 @@ class LLM:
     """A loaded model that answers prompts. Its engine, and with it the prefix cache, lives as long as it does.
 
     Args:
-        path: a CHECKPOINT: a folder in the published format, or a run folder (its newest good checkpoint).
+        path: a CHECKPOINT: a folder in the published format, a run folder (its newest good checkpoint), a GGUF file.
         dtype: torch.float32 or torch.bfloat16; "auto" is float32 on a CPU and bfloat16 on a GPU.
+        quantization: "int8" or "int4" packs the weights on the way in; a folder that holds packed ones needs none.
         device: where the model runs, "cpu" or "cuda".
         max_length, max_num_seqs, max_step_tokens, block_size, cache_gib, cache_dtype, prefix_cache,
             num_speculative_tokens, deterministic: as `EngineOptions` says.
@@ -56,6 +59,7 @@ class LLM:
         *,
         dtype: torch.dtype | Literal["auto"] = "auto",
         device: torch.device | str = "cpu",
+        quantization: Kind | None = None,
         max_length: int | None = None,
         max_num_seqs: int = 64,
         max_step_tokens: int = 2048,
@@ -80,9 +84,8 @@ class LLM:
         target = _checked_device(device)
         chosen = _checked_dtype(dtype, target)
         folder = resolve_checkpoint(path)
-        model = load_model(folder, dtype=chosen, device=target)
-        tokenizer = Tokenizer.from_file(folder) if (folder / "tokenizer.json").is_file() else None
-        self._set_up(model, tokenizer, str(path), options)
+        model = load_weights(folder, chosen, target, quantization)
+        self._set_up(model, load_tokenizer(folder), str(path), options)
         self._end_token_ids |= _generation_config_end_ids(folder)
 
     @classmethod

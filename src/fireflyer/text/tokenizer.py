@@ -30,8 +30,8 @@ TRAINING_BYTES = 32 * 2**20
 # Single digits, CJK runs, then letters, punctuation and white space as in DeepSeek-V3's tokenizer.json, which takes up
 # to three digits together: one digit a token is what lets a small model learn to count.
 _DIGIT = r"\p{N}"
-_CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
-_WORDS = (
+CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
+WORDS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -121,7 +121,7 @@ class Tokenizer:
                 f"vocab_size {vocab_size} is too small: {len(RESERVED)} special tokens and 256 bytes need {smallest}"
             )
         tokenizer = tokenizers.Tokenizer(models.BPE())
-        split = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (_DIGIT, _CJK, _WORDS)]
+        split = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (_DIGIT, CJK, WORDS)]
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
         tokenizer.decoder = decoders.ByteLevel()
