@@ -59,7 +59,8 @@ def scale_name(name: str) -> str:
 def published_names(config: ModelConfig) -> list[str]:
     """Sorted names of all tensors of a published checkpoint, FP8 scales among them where the config is quantised."""
     places = list(published_places(config))
-    scales = [scale_name(place.name) for place in places if place.is_quantized] if config.quantization_config else []
+    is_fp8 = config.quantization_config is not None and not config.is_packed
+    scales = [scale_name(place.name) for place in places if place.is_quantized] if is_fp8 else []
     return sorted([*scales, *(place.name for place in places)])
 
 

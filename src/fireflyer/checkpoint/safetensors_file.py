@@ -136,10 +136,15 @@ def _range_of(path: Path, name: str, entry: Any) -> tuple[int, int]:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, TensorRows], dtypes: Mapping[str, torch.dtype] | None = None
+    path: Path,
+    tensors: Mapping[str, TensorRows],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    *,
+    alignment: int = 8,
 ) -> None:
     """Write one file; `dtypes` stores the named tensors in another dtype, rounded once. The same values give the same
-    bytes: wide dtypes first, as the format's alignment wants, then by name. Raises OSError."""
+    bytes: wide dtypes first, as the format's alignment wants, then by name. `alignment`: of the first tensor in the
+    file. Raises OSError."""
     stored = {name: (dtypes or {}).get(name, tensor.dtype) for name, tensor in tensors.items()}
     names = sorted(tensors, key=lambda name: (-stored[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -152,7 +157,7 @@ def write_safetensors(
             "data_offsets": [start, end],
         }
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    encoded += b" " * (-(8 + len(encoded)) % alignment)
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in names:

@@ -30,6 +30,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--text", type=Path, metavar="FILE", help="what prompts are cut from; default: Python's own library"
     )
     parser.add_argument("--deterministic", action="store_true", help="the same bits alone and in any batch")
+    parser.add_argument(
+        "--quantization", choices=("int8", "int4"), help="pack the weights on the way in: less memory, faster answers"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
@@ -44,7 +47,13 @@ def run(args: argparse.Namespace) -> int:
     from fireflyer.evaluate.speed import measure_speed, sample_prompts
     from fireflyer.infer.llm import LLM
 
-    llm = LLM(args.checkpoint, device=args.device, max_num_seqs=args.batch, deterministic=args.deterministic)
+    llm = LLM(
+        args.checkpoint,
+        device=args.device,
+        quantization=args.quantization,
+        max_num_seqs=args.batch,
+        deterministic=args.deterministic,
+    )
     prompt_tokens = args.prompt_tokens or min(512, llm.max_length * 3 // 4)
     new_tokens = args.new_tokens or max(2, min(128, llm.max_length - prompt_tokens))
     if prompt_tokens + new_tokens > llm.max_length:

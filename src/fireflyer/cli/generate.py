@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     prompt = _read_stdin() if args.prompt == "-" else args.prompt
     from fireflyer.infer.llm import LLM
 
-    facts = _generate(LLM(args.checkpoint, device=args.device), prompt, params, show=not args.json)
+    llm = LLM(args.checkpoint, device=args.device, quantization=args.quantization)
+    facts = _generate(llm, prompt, params, show=not args.json)
     if args.json:
         print(json.dumps(facts))
     print(

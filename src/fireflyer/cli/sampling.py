@@ -29,6 +29,9 @@ def add_sampling_arguments(
         "--min-p", type=float, default=0.0, metavar="P", help="drop what is less probable than P of the most probable"
     )
     parser.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same text")
+    parser.add_argument(
+        "--quantization", choices=("int8", "int4"), help="pack the weights on the way in: less memory, faster answers"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
 
 

@@ -76,6 +76,9 @@ def _add_limit_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--deterministic", action="store_true", help="the same bits alone and in any crowd; slower")
+    group.add_argument(
+        "--quantization", choices=("int8", "int4"), help="pack the weights on the way in: less memory, faster answers"
+    )
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     group.add_argument(
         "--max-length", type=int, metavar="N", help="prompt and answer together; default: the model's own"
@@ -152,6 +155,7 @@ def _load(args: argparse.Namespace) -> LLM:
     return LLM(
         args.checkpoint,
         device=args.device,
+        quantization=args.quantization,
         max_length=args.max_length,
         max_num_seqs=args.max_num_seqs,
         max_step_tokens=args.max_step_tokens,

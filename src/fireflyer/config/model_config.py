@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from fireflyer.config.files import find_config, read_json, read_toml
 from fireflyer.config.messages import shown, validation_message
-from fireflyer.config.published import from_published, to_published
+from fireflyer.config.published import PACKED, from_published, to_published
 from fireflyer.errors import UserError
 
 LATENT_NORM_EPS = 1e-6
@@ -101,6 +101,11 @@ class ModelConfig(BaseModel):
     def latent_dim(self) -> int:
         """Numbers cached per token and layer: the key-value latent and the shared rope key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the folder of this config holds weights packed as integers, which run but can't be trained."""
+        return (self.quantization_config or {}).get("quant_method") == PACKED
 
     @property
     def num_layers_with_mtp(self) -> int:

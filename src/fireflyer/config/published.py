@@ -12,6 +12,9 @@ from typing import Any
 from fireflyer.config.messages import nearest, shown
 from fireflyer.errors import UserError
 
+PACKED = "fireflyer"
+"""`quant_method` of folders whose weights are packed as integers here."""
+
 _FIXED = {
     "hidden_act": ("silu", "the experts and feed-forwards are SwiGLU"),
     "attention_bias": (False, "the projections have no bias"),
@@ -155,10 +158,13 @@ def _check_quantization(quantization: Any, source: str) -> None:
     if quantization is None:
         return
     where = f"{source}: quantization_config"
+    if isinstance(quantization, dict) and quantization.get("quant_method") == PACKED:
+        return
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UserError(
-            f"{where}.quant_method {shown(method)} isn't read; only block fp8 is: give the original weights"
+            f"{where}.quant_method {shown(method)} isn't read; only block fp8 and fireflyer's own are: give the original"
+            " weights"
         )
     block = quantization.get("weight_block_size")
     sizes = block if isinstance(block, (list, tuple)) else ()

@@ -97,7 +97,7 @@ def routed_experts(
     """Σ weight · expert(x) over each token's experts, best first: (N, D)."""
     if x_ND.shape[0] == 1:  # a single sequence's next token, without the sorting
         y_KD = torch.cat([swiglu_layer(x_ND, gate_up_EXD[e], down_EDI[e], tiles) for e in indices_NK[0].tolist()])
-        return _weighted_sum(y_KD[None], weights_NK)
+        return weighted_sum(y_KD[None], weights_NK)
     order_M = indices_NK.flatten().argsort(stable=True)
     rows_MD = x_ND[order_M // indices_NK.shape[1]]
     counts_E = indices_NK.flatten().bincount(minlength=gate_up_EXD.shape[0])
@@ -111,10 +111,10 @@ def routed_experts(
             start += count
     place_M = torch.empty_like(order_M)
     place_M[order_M] = torch.arange(order_M.numel(), device=order_M.device)
-    return _weighted_sum(y_MD[place_M].unflatten(0, indices_NK.shape), weights_NK)
+    return weighted_sum(y_MD[place_M].unflatten(0, indices_NK.shape), weights_NK)
 
 
-def _weighted_sum(y_NKD: Tensor, weights_NK: Tensor) -> Tensor:
+def weighted_sum(y_NKD: Tensor, weights_NK: Tensor) -> Tensor:
     weighted_NKD = y_NKD * weights_NK.to(y_NKD.dtype)[..., None]
     sum_ND = weighted_NKD[:, 0]
     for k in range(1, weights_NK.shape[1]):

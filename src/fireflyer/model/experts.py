@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from fireflyer.config import ModelConfig
 from fireflyer.model.deterministic import routed_experts
 from fireflyer.model.norm import SwiGLU, swiglu, weighted_swiglu
+from fireflyer.model.packed_experts import PackedExperts
 from fireflyer.model.routing import expert_counts, gate_logits, route
 from fireflyer.model.row_tiles import RowTiles
 
@@ -159,7 +160,7 @@ class MoE(nn.Module):
         self.config = config
         self.layer_index = layer_index
         self.gate = Gate(config)
-        self.experts = Experts(config)
+        self.experts: Experts | PackedExperts = Experts(config)
         self.shared_experts = (
             SwiGLU(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
             if config.n_shared_experts

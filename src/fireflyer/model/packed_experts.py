@@ -1,0 +1,72 @@
+"""The routed experts of one layer, packed: each expert's gate, up and down projections are one run of bytes.
+
+So a store can hold some experts in memory and leave the others in the file, and a kernel needs one address an expert.
+
+Shapes: N tokens, D hidden size, K experts a token, M = N·K rows in expert order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fireflyer.config import ModelConfig
+from fireflyer.model.deterministic import exact_swiglu, weighted_sum
+from fireflyer.model.norm import swiglu
+from fireflyer.model.routing import expert_counts
+from fireflyer.model.row_tiles import RowTiles
+from fireflyer.numerics.integer import Kind, expert_shapes
+from fireflyer.numerics.linear import packed_linear
+
+
+class ExpertBytes(Protocol):
+    """Where the experts' bytes are."""
+
+    def take(self, experts: Sequence[int]) -> list[Tensor]:
+        """The (bytes,) uint8 of each, good until the next call."""
+        ...
+
+
+class PackedExperts(nn.Module):
+    """`packed` (E, bytes) uint8 is unset until it is loaded; a row is what `pack_expert` makes.
+
+    store: where to take the bytes from instead of `packed`.
+    """
+
+    packed: Tensor
+
+    def __init__(self, config: ModelConfig, kind: Kind) -> None:
+        super().__init__()
+        self.shapes = expert_shapes(kind, config.hidden_size, config.moe_intermediate_size)
+        """Of gate, up and down, in the order of their bytes."""
+        num_bytes = sum(shape.num_bytes for shape in self.shapes)
+        self.register_buffer("packed", torch.empty(config.n_routed_experts, num_bytes, dtype=torch.uint8))
+        self.store: ExpertBytes | None = None
+
+    def take(self, experts: Sequence[int]) -> list[Tensor]:
+        """Each expert's bytes."""
+        return [self.packed[expert] for expert in experts] if self.store is None else self.store.take(experts)
+
+    def _one(self, x_XD: Tensor, expert: int, exact: bool) -> Tensor:
+        """One expert over its rows."""
+        parts = self.take([expert])[0].split([shape.num_bytes for shape in self.shapes])
+        gate, up, down = zip(parts, self.shapes, strict=True)
+        both = torch.cat((packed_linear(x_XD, *gate), packed_linear(x_XD, *up)), dim=-1)
+        return packed_linear(exact_swiglu(both) if exact else swiglu(both), *down)
+
+    def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, tiles: RowTiles | None = None) -> Tensor:
+        order_M = indices_NK.flatten().argsort(stable=True)
+        rows_MD = x_ND[order_M // indices_NK.shape[1]]
+        y_MD = torch.empty_like(rows_MD)
+        start = 0
+        for expert, count in enumerate(expert_counts(indices_NK, self.packed.shape[0]).tolist()):
+            if count:
+                own = slice(start, start + count)
+                y_MD[own] = self._one(rows_MD[own], expert, tiles is not None)
+                start += count
+        place_M = torch.empty_like(order_M)
+        place_M[order_M] = torch.arange(order_M.numel())
+        return weighted_sum(y_MD[place_M].unflatten(0, indices_NK.shape), weights_NK)
