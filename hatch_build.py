@@ -64,7 +64,7 @@ def compile_library() -> str | None:
         *shlex.split(os.environ.get("CFLAGS", "")),
         *(str(path) for path in sorted(NATIVE.glob("*.c"))),
         *("-o", str(unfinished), "-lpthread", "-lm"),
-        *(["-ldl"] if sys.platform == "linux" else []),
+        *(["-ldl", "-Wl,--no-undefined"] if sys.platform == "linux" else []),
     ]
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -5,28 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
 
-from fireflyer.numerics.native.library import LEVELS, Library, dense_matrix, library
-
-LOADED = library()
-needs_native = pytest.mark.skipif(LOADED is None, reason="the native kernels are not built: make native")
+from fireflyer.numerics.native.library import Library, dense_matrix
 
 
-@pytest.fixture(params=LEVELS)
-def native(request: pytest.FixtureRequest) -> Iterator[Library]:
-    assert LOADED is not None
-    best = LOADED.level
-    if LOADED.set_level(request.param) != request.param:
-        pytest.skip(f"this CPU has no {request.param}")
-    yield LOADED
-    LOADED.set_level(best)
-
-
-@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (37, 131), (16, 64), (576, 100), (3, 4099), (50, 7)])
 def test_float_product(native: Library, dtype: torch.dtype, rows: int, cols: int) -> None:
@@ -41,7 +26,6 @@ def test_float_product(native: Library, dtype: torch.dtype, rows: int, cols: int
         assert ((got - want).abs() <= bound).all(), (m, (got - want).abs().max())
 
 
-@needs_native
 def test_float_product_does_not_know_the_thread_count(native: Library) -> None:
     weight, x = torch.randn(515, 1030), torch.randn(3, 1030)
     matrix = dense_matrix(weight)
@@ -56,7 +40,6 @@ def test_float_product_does_not_know_the_thread_count(native: Library) -> None:
         torch.set_num_threads(before)
 
 
-@needs_native
 def test_not_a_number_and_infinity_stay_in_their_row_and_column(native: Library) -> None:
     weight, x = torch.randn(40, 70), torch.randn(3, 70)
     x[1, 69] = float("nan")

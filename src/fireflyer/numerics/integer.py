@@ -197,7 +197,7 @@ def _steps_and_zeros(scaled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The 4-bit codes of (rows, groups, 32) numbers of -120..120: uint8 codes, and each group's step and zero.
 
     Tried is the step that just covers the group's range and 0, one less (finer, and the outermost numbers are cut) and
-    one more; the least squared error wins. -127..127 is never left: a multiple of the step nearest to a number within 120.
+    one more; the least squared error wins. -127..127 is never left: the numbers are within 120, the steps within 15.
     """
     low, high = scaled.amin(dim=2, keepdim=True).clamp_(max=0), scaled.amax(dim=2, keepdim=True).clamp_(min=0)
     covering = ((high - low) / 15).ceil()

@@ -1,6 +1,6 @@
 /* What this CPU can do, asked once; a test may lower it. */
 #define _GNU_SOURCE
-#include "native.h"
+#include "packed.h"
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
@@ -11,7 +11,7 @@ static int level = -1;
 
 #if defined(__x86_64__)
 static int may_use_amx(void) {
-#if defined(__linux__) && defined(__AMX_INT8_BUILDS__)
+#if defined(HAS_AMX)
     unsigned a = 7, b, c = 0, d;
     __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
     if (!(d >> 24 & 1) || !(d >> 25 & 1)) return 0;

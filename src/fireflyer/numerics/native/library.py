@@ -6,8 +6,8 @@ FIREFLYER_NATIVE=scalar|avx2|avx512|vnni|amx keeps to what a lesser CPU has.
 
 Threads. The kernels run on torch's own OpenMP pool, found at run time (threads.c), so the same threads do torch's work
 and theirs; call from the thread that runs torch's operations, since the pool belongs to its caller. A region costs a
-microsecond or two while the pool's threads still spin, tens of them once they sleep. So the work of a decode step should
-be few regions, with `ff_barrier` between the parts inside one: the `_team` functions of native.h are for that.
+microsecond or two while the pool's threads still spin, tens of them once they sleep. So a decode step's work should be
+few regions, with `ff_barrier` between the parts inside one: the `_team` functions of native.h are for that.
 """
 
 from __future__ import annotations

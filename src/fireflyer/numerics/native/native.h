@@ -39,10 +39,29 @@ int ff_worth(int64_t work, int threads);
 void ff_barrier(const FFTeam *team);
 /* The share of `count` things that this thread owns: [*begin, *end), in multiples of `step`. */
 void ff_share(const FFTeam *team, int64_t count, int64_t step, int64_t *begin, int64_t *end);
-/* At least `bytes` of this thread's own memory, aligned to 64; slots 0..3 are apart. NULL where there is none left. */
+/* At least `bytes` of this thread's own memory, aligned to 64; slots 0..3 are apart. */
 void *ff_scratch(int slot, int64_t bytes);
 
 int ff_level(void);
+
+/* Rows of x as the packed kinds take them: int8 and what each row's and group's sums correct (numerics/integer.py). */
+typedef struct {
+    int8_t *q;       /* rows of `stride` bytes, the inputs padded with zeros; whole tiles of 16 rows can be read */
+    int32_t *sums;   /* stride / 64 times 4 a row: for each pair of groups -8 Σa, -128 Σb, then -Σa and -Σb as 16 bits */
+    int32_t *totals; /* -128 Σ of the row */
+    float *scales;
+    int64_t stride;
+    int m, cols;
+} FFRows;
+
+/* Bytes that m rows of cols inputs take, and the same rows described in memory of that size, aligned to 64. */
+int64_t ff_rows_bytes(int m, int cols);
+FFRows ff_rows_in(void *memory, int m, int cols);
+/* Quantises the rows [begin, end) of x into rows. */
+void ff_quantize(const FFRows *rows, const float *x, int64_t x_stride, int64_t begin, int64_t end);
+/* y[m, r] for the output rows r of the strips of 16 [begin, end): W is int8 or int4. */
+void ff_packed_strips(const FFMatrix *w, const FFRows *x, float *y, int64_t y_stride, int64_t begin, int64_t end);
+int64_t ff_packed_bytes(int kind, int rows, int cols);
 
 /* y[m, r] = Σ_k x[m, k] W[r, k] for the strips that this thread owns; any number of rows m, made for few. fp32 x. */
 void ff_linear_team(const FFMatrix *w, const float *x, int64_t x_stride, int m, float *y, int64_t y_stride,

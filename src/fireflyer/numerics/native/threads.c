@@ -122,7 +122,8 @@ void *ff_scratch(int slot, int64_t bytes) {
         free(scratch->memory);
         int64_t rounded = (bytes + 4095) / 4096 * 4096;
         scratch->memory = aligned_alloc(64, (size_t)rounded);
-        scratch->bytes = scratch->memory ? rounded : 0;
+        if (!scratch->memory) abort(); /* inside a region there is nobody to tell */
+        scratch->bytes = rounded;
     }
     return scratch->memory;
 }
