@@ -14,6 +14,7 @@ import numpy as np
 from fireflyer.data.arithmetic import ArithmeticSource
 from fireflyer.data.builtin import STDLIB, stdlib_documents
 from fireflyer.data.documents import FileDocuments, Source, find_files
+from fireflyer.data.expressions import ExpressionSource
 from fireflyer.data.files import ReadOptions
 from fireflyer.data.split import FileSource, split_by_hash
 from fireflyer.errors import UserError
@@ -32,11 +33,11 @@ def open_sources(
     seed: int = 0,
     held_out: float = 0.01,
 ) -> "Mixture":
-    """Open PATH[:WEIGHT], builtin:stdlib[:WEIGHT] and builtin:arithmetic[:WEIGHT], and read all of it once.
+    """Open PATH[:WEIGHT] and builtin:NAME[:WEIGHT] (stdlib, arithmetic, expressions), and read all of it once.
 
     Weights are shares of the tokens. With none given anywhere, sources count by their size, so that all of them are
     through at the same time; with some given, the others weigh 1. `held_out` is the share of documents set apart for
-    evaluation (1: all, for data that is only evaluated on); `seed` chooses the problems of builtin:arithmetic. Raises
+    evaluation (1: all, for data that is only evaluated on); `seed` chooses the problems of the builtin: ones. Raises
     UserError with file and line or byte at whatever can't be read.
     """
     if not specs:
@@ -55,7 +56,7 @@ def open_sources(
 def parse_spec(spec: str) -> tuple[str, float | None]:
     """Split PATH[:WEIGHT]. A path that exists as it is written is a path, colons and all."""
     name, colon, suffix = spec.rpartition(":")
-    if not colon or spec in (STDLIB, ArithmeticSource.name) or Path(spec).exists():
+    if not colon or spec in (STDLIB, ArithmeticSource.name, ExpressionSource.name) or Path(spec).exists():
         return spec, None
     try:
         weight = float(suffix)
@@ -66,13 +67,16 @@ def parse_spec(spec: str) -> tuple[str, float | None]:
     return name, weight
 
 
-def _open_source(name: str, options: ReadOptions, seed: int) -> FileDocuments | ArithmeticSource:
+def _open_source(name: str, options: ReadOptions, seed: int) -> FileDocuments | ArithmeticSource | ExpressionSource:
     if name == STDLIB:
         return stdlib_documents()
     if name == ArithmeticSource.name:
         return ArithmeticSource(seed)
+    if name == ExpressionSource.name:
+        return ExpressionSource(seed)
     if name.startswith("builtin:") and not Path(name).exists():
-        raise UserError(f"no data called {name}: there are {STDLIB} and {ArithmeticSource.name}")
+        there = f"{STDLIB}, {ArithmeticSource.name} and {ExpressionSource.name}"
+        raise UserError(f"no data called {name}: there are {there}")
     return FileDocuments(name, find_files(Path(name)), options)
 
 
