@@ -11,10 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fireflyer.numerics.integer import Kind, PackedShape, integer_linear, integers
+from fireflyer.numerics.native.library import Matrix, library, packed_matrix
 
 
 def packed_linear(x: Tensor, packed: Tensor, shape: PackedShape) -> Tensor:
     """x · Wᵀ: (M, cols) fp32 to (M, rows) fp32, each row of it a function of that row of x alone, to the bit."""
+    kernels = library()
+    if kernels is not None:
+        return kernels.linear(x, packed_matrix(packed, shape))
     return integer_linear(x, *integers(packed, shape))
 
 
@@ -27,6 +31,10 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.shape = PackedShape(kind, rows, cols)
         self.register_buffer("packed", torch.empty(1, self.shape.num_bytes, dtype=torch.uint8))
+
+    def matrix(self) -> Matrix:
+        """The kernels' description of the weight, good as long as it lives."""
+        return packed_matrix(self.packed[0], self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return packed_linear(x.flatten(0, -2), self.packed[0], self.shape).unflatten(0, x.shape[:-1])
