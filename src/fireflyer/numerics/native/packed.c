@@ -122,7 +122,8 @@ static void by_many_rows(const Packed *w, const FFRows *x, float *y, int64_t y_s
 void ff_packed_strips(const FFMatrix *matrix, const FFRows *x, float *y, int64_t y_stride, int64_t begin, int64_t end) {
     Packed w = packed_of(matrix);
     Kernels use = kernels();
-    if (use.many && x->m > FEW) by_many_rows(&w, x, y, y_stride, begin, end, &use);
+    /* int4 is read as it is a few times more before writing it out as int8 pays */
+    if (use.many && x->m > (w.kind == KIND_INT8 ? FEW : 2 * FEW)) by_many_rows(&w, x, y, y_stride, begin, end, &use);
     else by_few_rows(&w, x, y, y_stride, begin, end, w.kind == KIND_INT8 ? use.few_int8 : use.few_int4);
 }
 

@@ -9,7 +9,7 @@
 #include "packed.h"
 
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
-#define BLOCK 12 /* rows of x by two strips: 24 sums in 32 registers */
+#define BLOCK 8 /* rows of x by two strips: with 12, which the registers would hold, it takes 1.6 times as long */
 
 VNNI INLINE __m512i four_inputs(const int8_t *q) {
     int32_t four;
@@ -133,7 +133,7 @@ VNNI static void many(const uint8_t *codes, int64_t bytes, int strips, const Str
     for (int block = 0; block < blocks; block++) {
         int first = x->m * block / blocks, end = x->m * (block + 1) / blocks;
         switch (end - first) {
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
         }
     }
 }
