@@ -21,7 +21,15 @@ from torch import Tensor
 
 from fireflyer.checkpoint.gguf import gguf_tokenizer, is_gguf
 from fireflyer.checkpoint.names import EMBEDDING, published_names, published_places
-from fireflyer.checkpoint.published import CONFIG, FLOATS, INDEX, SINGLE, open_checkpoint, resolve_checkpoint
+from fireflyer.checkpoint.published import (
+    CONFIG,
+    FLOATS,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    open_checkpoint,
+    resolve_checkpoint,
+)
 from fireflyer.checkpoint.run import sync
 from fireflyer.checkpoint.safetensors_file import TensorRows, num_bytes, rows_per_chunk, write_safetensors
 from fireflyer.config import ModelConfig
@@ -30,6 +38,7 @@ from fireflyer.model.decoder import Decoder
 from fireflyer.text.tokenizer import Tokenizer
 
 __all__ = [
+    "fill_model",
     "load_model",
     "load_tokenizer",
     "published_names",
@@ -75,15 +84,20 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     with torch.device("meta"):
         model = Decoder(checkpoint.config)
     model.to(dtype).to_empty(device=device)
+    fill_model(model, checkpoint)
+    _loaded_from[model] = checkpoint.folder
+    return model
+
+
+def fill_model(model: Decoder, checkpoint: Checkpoint) -> None:
+    """Read a checkpoint's tensors into the parameters that the model has; it may lack routed experts."""
     state = model.state_dict()
     for place in published_places(checkpoint.config):
-        if place.copy_of is None:
+        if place.copy_of is None and (place.expert is None or place.parameter in state):
             source, target = checkpoint.tensors[place.name], place.view(state)
             step = rows_per_chunk(place.shape)
             for start in range(0, place.shape[0], step):
                 target[start : start + step].copy_(source[start : start + step])
-    _loaded_from[model] = checkpoint.folder
-    return model
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer | None:

@@ -103,8 +103,11 @@ def _format(config: ModelConfig, folder: Path) -> PackedFormat:
     return PackedFormat.from_dict(config.quantization_config or {}, str(folder / CONFIG))
 
 
-def load_packed(folder: Path) -> Decoder:
-    """The Decoder of a packed folder, its weights mapped in place. Raises UserError, naming file and tensor."""
+def load_packed(folder: Path, *, leave_experts: bool = False) -> Decoder:
+    """The Decoder of a packed folder, its weights mapped in place. Raises UserError, naming file and tensor.
+
+    leave_experts: check the routed experts, but leave them unset, for a store that reads them itself.
+    """
     config = ModelConfig.from_file(folder)
     model = packed_decoder(config.replace(quantization_config=None), _format(config, folder))
     wanted = model.state_dict()
@@ -122,7 +125,8 @@ def load_packed(folder: Path) -> Decoder:
                 f"{source.path}: {name} is {source.dtype} {source.shape}, but {CONFIG} makes it {target.dtype} "
                 f"{tuple(target.shape)}; convert the checkpoint anew"
             )
-        _put(model, name, _mapped(source, mappings))
+        if not (leave_experts and isinstance(model.get_submodule(name.rpartition(".")[0]), PackedExperts)):
+            _put(model, name, _mapped(source, mappings))
     return model
 
 

@@ -71,10 +71,23 @@ class StoredTensor:
         out = torch.empty((max(stop - start, 0), *self.shape[1:]), dtype=self.dtype)
         if out.numel() == 0:
             return out
-        view = out.flatten().view(torch.uint8).numpy().data
+        self._read(start * (out.nbytes // (stop - start)), out)
+        return out
+
+    def read(self) -> Tensor:
+        """The whole tensor."""
+        return self[:].reshape(self.shape)
+
+    def read_row(self, row: int, into: Tensor) -> None:
+        """One row's bytes into memory that is there: contiguous, of the row's size. Raises UserError as above."""
+        self._read(row * into.nbytes, into)
+
+    def _read(self, start: int, into: Tensor) -> None:
+        """Fill `into` from the tensor's byte `start` on."""
+        view = into.flatten().view(torch.uint8).numpy().data
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.offset + start * (len(view) // (stop - start)))
+                file.seek(self.offset + start)
                 while view:
                     got = file.readinto(view)
                     if not got:
@@ -82,11 +95,6 @@ class StoredTensor:
                     view = view[got:]
         except OSError as error:
             raise UserError(f"{self.path}: can't be read ({error.strerror}); check the file and its disk") from None
-        return out
-
-    def read(self) -> Tensor:
-        """The whole tensor."""
-        return self[:].reshape(self.shape)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

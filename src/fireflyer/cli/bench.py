@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fireflyer.cli.sampling import expert_hit_rate
 from fireflyer.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--quantization", choices=("int8", "int4"), help="pack the weights on the way in: less memory, faster answers"
     )
+    parser.add_argument(
+        "--expert-memory",
+        metavar="SIZE",
+        help="memory for routed experts, as 8GiB; the others are read when needed; default: all in memory",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
@@ -51,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         args.checkpoint,
         device=args.device,
         quantization=args.quantization,
+        expert_memory=args.expert_memory,
         max_num_seqs=args.batch,
         deterministic=args.deterministic,
     )
@@ -109,6 +116,7 @@ def _facts(llm: LLM, speed: Speed, bandwidth: float | None) -> dict[str, Any]:
         "experts_per_layer": speed.experts_per_layer,
         "mtp_decode_tokens_per_s": speed.mtp_decode_tokens_per_s,
         "mtp_acceptance": speed.mtp_acceptance,
+        "expert_hit_rate": expert_hit_rate(llm.engine.stats),
     }
 
 
@@ -124,4 +132,6 @@ def _table(facts: dict[str, Any]) -> str:
     if facts["mtp_acceptance"] is not None:
         accepted = f"{facts['mtp_acceptance']:.0%} of drafts accepted"
         lines.append(f"with MTP {facts['mtp_decode_tokens_per_s']:10,.0f} tokens/s  {accepted}")
+    if facts["expert_hit_rate"] is not None:
+        lines.append(f"experts  {facts['expert_hit_rate']:10.0%} found in memory, the others read")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from fireflyer.cli.sampling import add_sampling_arguments, sampling_params
+from fireflyer.cli.sampling import add_sampling_arguments, expert_hit_rate, sampling_params
 from fireflyer.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,13 +38,15 @@ def run(args: argparse.Namespace) -> int:
     prompt = _read_stdin() if args.prompt == "-" else args.prompt
     from fireflyer.infer.llm import LLM
 
-    llm = LLM(args.checkpoint, device=args.device, quantization=args.quantization)
+    llm = LLM(args.checkpoint, device=args.device, quantization=args.quantization, expert_memory=args.expert_memory)
     facts = _generate(llm, prompt, params, show=not args.json)
     if args.json:
         print(json.dumps(facts))
+    hit_rate = expert_hit_rate(llm.engine.stats)
     print(
         f"{facts['prompt_tokens']} tokens read at {facts['prefill_tokens_per_s']:.0f} tokens/s, "
-        f"{len(facts['token_ids'])} written at {facts['decode_tokens_per_s']:.0f} tokens/s ({facts['finish_reason']})",
+        f"{len(facts['token_ids'])} written at {facts['decode_tokens_per_s']:.0f} tokens/s ({facts['finish_reason']})"
+        f"{'' if hit_rate is None else f'; {hit_rate:.0%} of experts found in memory'}",
         file=sys.stderr,
     )
     return 0

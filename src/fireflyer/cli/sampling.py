@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fireflyer.infer.sampling_params import SamplingParams
+    from fireflyer.infer.stats import EngineStats
 
 
 def add_sampling_arguments(
@@ -32,6 +33,11 @@ def add_sampling_arguments(
     parser.add_argument(
         "--quantization", choices=("int8", "int4"), help="pack the weights on the way in: less memory, faster answers"
     )
+    parser.add_argument(
+        "--expert-memory",
+        metavar="SIZE",
+        help="memory for routed experts, as 8GiB; the others are read when needed; default: all in memory",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
 
 
@@ -48,3 +54,9 @@ def sampling_params(args: argparse.Namespace, stop: list[str]) -> SamplingParams
         seed=args.seed,
         stop=stop,
     )
+
+
+def expert_hit_rate(stats: EngineStats) -> float | None:
+    """The share of a routed expert's uses for which it was in memory; None where all experts are."""
+    uses = stats.expert_hits + stats.expert_misses
+    return stats.expert_hits / uses if uses else None

@@ -79,6 +79,11 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantization", choices=("int8", "int4"), help="pack the weights on the way in: less memory, faster answers"
     )
+    group.add_argument(
+        "--expert-memory",
+        metavar="SIZE",
+        help="memory for routed experts, as 8GiB; the others are read when needed; default: all in memory",
+    )
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     group.add_argument(
         "--max-length", type=int, metavar="N", help="prompt and answer together; default: the model's own"
@@ -156,6 +161,7 @@ def _load(args: argparse.Namespace) -> LLM:
         args.checkpoint,
         device=args.device,
         quantization=args.quantization,
+        expert_memory=args.expert_memory,
         max_length=args.max_length,
         max_num_seqs=args.max_num_seqs,
         max_step_tokens=args.max_step_tokens,

@@ -23,6 +23,7 @@ from fireflyer.infer.sampling_state import SampleRow
 from fireflyer.infer.scheduler import Scheduler
 from fireflyer.infer.speculative import Drafter
 from fireflyer.infer.stats import EngineStats
+from fireflyer.infer.stored_weights import find_store
 from fireflyer.model.decoder import Decoder
 from fireflyer.model.experts import Routing
 from fireflyer.model.row_tiles import RowTiles
@@ -69,6 +70,7 @@ class Engine:
         self._sampler = Sampler(self._vocab_size, tokenizer)
         self._num_drafts = num_drafts
         self._runner = ModelRunner(model, cache, RowTiles() if options.deterministic else None)
+        self._expert_store = find_store(model)
         self._requests: dict[str, Request] = {}
         self._stats = EngineStats(blocks_total=num_blocks - 1)
         self._start_over()
@@ -106,13 +108,16 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        scheduler = self._scheduler
+        scheduler, store = self._scheduler, self._expert_store
         return replace(
             self._stats,
             running=len(scheduler.running),
             waiting=scheduler.num_waiting,
             blocks_used=scheduler.pool.num_used,
             blocks_cached=scheduler.pool.num_idle,
+            expert_hits=0 if store is None else store.hits,
+            expert_misses=0 if store is None else store.misses,
+            expert_bytes=0 if store is None else store.resident_bytes,
         )
 
     def add(self, request: Request) -> None:

@@ -46,6 +46,8 @@ class LLM:
         path: a CHECKPOINT: a folder in the published format, a run folder (its newest good checkpoint), a GGUF file.
         dtype: torch.float32 or torch.bfloat16; "auto" is float32 on a CPU and bfloat16 on a GPU.
         quantization: "int8" or "int4" packs the weights on the way in; a folder that holds packed ones needs none.
+        expert_memory: memory for routed experts, as "8GiB" or a number of bytes; those that don't fit are read from the
+            checkpoint's files when they are needed, and the answers are the same. None: all of them are in memory.
         device: where the model runs, "cpu" or "cuda".
         max_length, max_num_seqs, max_step_tokens, block_size, cache_gib, cache_dtype, prefix_cache,
             num_speculative_tokens, deterministic: as `EngineOptions` says.
@@ -60,6 +62,7 @@ class LLM:
         dtype: torch.dtype | Literal["auto"] = "auto",
         device: torch.device | str = "cpu",
         quantization: Kind | None = None,
+        expert_memory: str | int | None = None,
         max_length: int | None = None,
         max_num_seqs: int = 64,
         max_step_tokens: int = 2048,
@@ -84,7 +87,7 @@ class LLM:
         target = _checked_device(device)
         chosen = _checked_dtype(dtype, target)
         folder = resolve_checkpoint(path)
-        model = load_weights(folder, chosen, target, quantization)
+        model = load_weights(folder, chosen, target, quantization, expert_memory)
         self._set_up(model, load_tokenizer(folder), str(path), options)
         self._end_token_ids |= _generation_config_end_ids(folder)
 

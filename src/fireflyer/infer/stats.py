@@ -11,6 +11,9 @@ class EngineStats:
 
     blocks_cached: blocks that no answer uses, but whose tokens can be found by those that begin the same way.
     prefix_hit_tokens: of `prompt_tokens`, those that were not computed.
+    expert_hits, expert_misses: uses of a routed expert that was in memory, and that was read for it; of the model, so
+        several engines on one count together. Both 0 where all experts are in memory.
+    expert_bytes: of the experts that are in memory now.
     model_s: of `step_s`, what the decoder took, its head and its MTP layers included; the rest is Python's.
     """
 
@@ -28,3 +31,6 @@ class EngineStats:
     preemptions: int = 0
     step_s: float = 0.0
     model_s: float = 0.0
+    expert_hits: int = 0
+    expert_misses: int = 0
+    expert_bytes: int = 0

@@ -21,9 +21,7 @@ from fireflyer.model.norm import SwiGLU, swiglu, weighted_swiglu
 from fireflyer.model.packed_experts import PackedExperts
 from fireflyer.model.routing import expert_counts, gate_logits, route
 from fireflyer.model.row_tiles import RowTiles
-
-_FEW_TOKENS = 3
-"""Up to here tokens go through their experts one by one on a CPU; beyond, sorting them by expert is cheaper."""
+from fireflyer.model.stored_experts import FEW_TOKENS, StoredExperts
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, tiles: RowTiles | None = None) -> Tensor:
         if tiles is not None:
             return routed_experts(x_ND, indices_NK, weights_NK, self.gate_up_proj, self.down_proj, tiles)
-        if 0 < x_ND.shape[0] <= _FEW_TOKENS and x_ND.device.type == "cpu" and not torch.is_grad_enabled():
+        if 0 < x_ND.shape[0] <= FEW_TOKENS and x_ND.device.type == "cpu" and not torch.is_grad_enabled():
             tokens = zip(x_ND.split(1), indices_NK.tolist(), weights_NK.split(1), strict=True)
             return torch.cat([self._one_token(*token) for token in tokens])
         num_experts = self.gate_up_proj.shape[0]
@@ -160,7 +158,7 @@ class MoE(nn.Module):
         self.config = config
         self.layer_index = layer_index
         self.gate = Gate(config)
-        self.experts: Experts | PackedExperts = Experts(config)
+        self.experts: Experts | PackedExperts | StoredExperts = Experts(config)
         self.shared_experts = (
             SwiGLU(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
             if config.n_shared_experts

@@ -25,8 +25,17 @@ from fireflyer.numerics.linear import packed_linear
 class ExpertBytes(Protocol):
     """Where the experts' bytes are."""
 
+    @property
+    def at_once(self) -> int:
+        """Experts that one call of `take` may ask for."""
+        ...
+
     def take(self, experts: Sequence[int]) -> list[Tensor]:
         """The (bytes,) uint8 of each, good until the next call."""
+        ...
+
+    def in_order(self, experts: Sequence[int]) -> list[int]:
+        """The same experts in the order in which the fewest have to be read."""
         ...
 
 
@@ -61,12 +70,12 @@ class PackedExperts(nn.Module):
         order_M = indices_NK.flatten().argsort(stable=True)
         rows_MD = x_ND[order_M // indices_NK.shape[1]]
         y_MD = torch.empty_like(rows_MD)
-        start = 0
-        for expert, count in enumerate(expert_counts(indices_NK, self.packed.shape[0]).tolist()):
-            if count:
-                own = slice(start, start + count)
-                y_MD[own] = self._one(rows_MD[own], expert, tiles is not None)
-                start += count
+        ends = expert_counts(indices_NK, self.packed.shape[0]).cumsum(0).tolist()
+        rows = {
+            e: slice(start, end) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start
+        }
+        for expert in rows if self.store is None else self.store.in_order(list(rows)):
+            y_MD[rows[expert]] = self._one(rows_MD[rows[expert]], expert, tiles is not None)
         place_M = torch.empty_like(order_M)
         place_M[order_M] = torch.arange(order_M.numel())
         return weighted_sum(y_MD[place_M].unflatten(0, indices_NK.shape), weights_NK)

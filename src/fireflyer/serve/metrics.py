@@ -52,6 +52,7 @@ class _EngineCollector(Collector):
         blocks.add_metric(["cached"], stats.blocks_cached)
         blocks.add_metric(["free"], stats.blocks_total - stats.blocks_used - stats.blocks_cached)
         yield blocks
+        yield GaugeMetricFamily("fireflyer_expert_bytes", "Routed experts in bounded memory", stats.expert_bytes)
         for name, text, value in (
             ("prompt_tokens", "Tokens of prompts", stats.prompt_tokens),
             ("generated_tokens", "Tokens written", stats.generated_tokens),
@@ -59,6 +60,8 @@ class _EngineCollector(Collector):
             ("preemptions", "Answers that lost their place and were computed again", stats.preemptions),
             ("drafted_tokens", "Tokens that MTP guessed", stats.drafted_tokens),
             ("accepted_tokens", "Guesses that were right", stats.accepted_tokens),
+            ("expert_hits", "Uses of a routed expert that was in bounded memory", stats.expert_hits),
+            ("expert_misses", "Uses of a routed expert that had to be read", stats.expert_misses),
             ("steps", "Steps of the engine", stats.steps),
             ("step_seconds", "Time in steps", stats.step_s),
             ("model_seconds", "Time of the decoder in steps", stats.model_s),
