@@ -1,4 +1,4 @@
-"""The native int8 and int4 products: bit-equal to torch at each level of this CPU, in every shape, any number of rows."""
+"""The native int8 and int4 products: bit-equal to torch at each level of this CPU, in every shape."""
 
 from __future__ import annotations
 

@@ -55,13 +55,43 @@ typedef struct {
 } FFRows;
 
 /* Bytes that m rows of cols inputs take, and the same rows described in memory of that size, aligned to 64. */
-int64_t ff_rows_bytes(int m, int cols);
-FFRows ff_rows_in(void *memory, int m, int cols);
+int64_t ff_rows_bytes(int64_t m, int cols);
+FFRows ff_rows_in(void *memory, int64_t m, int cols);
 /* Quantises the rows [begin, end) of x into rows. */
 void ff_quantize(const FFRows *rows, const float *x, int64_t x_stride, int64_t begin, int64_t end);
 /* y[m, r] for the output rows r of the strips of 16 [begin, end): W is int8 or int4. */
 void ff_packed_strips(const FFMatrix *w, const FFRows *x, float *y, int64_t y_stride, int64_t begin, int64_t end);
-int64_t ff_packed_bytes(int kind, int rows, int cols);
+
+/* The experts of one layer, all of one shape and kind: table[3 e], [3 e + 1] and [3 e + 2] are where expert e's gate,
+ * up (width, hidden) and down (hidden, width) lie, or NULL where this call has nothing to do with e. fp32 and bf16 are
+ * row-major without gaps. */
+typedef struct {
+    const void *const *table;
+    int32_t experts, hidden, width, kind;
+} FFExperts;
+
+/* y[n] = Σ_k weights[n, k] · expert indices[n, k] (x[n]), each expert down(silu(gate x) · up x): the request, and what
+ * `ff_experts_begin` lays out for the team. */
+typedef struct {
+    FFExperts of;
+    const float *x;
+    float *y; /* NULL: only `rows` is filled, for the experts that are there */
+    float *rows; /* tokens * top_k rows of hidden: what each chosen expert gave, by expert, then token; NULL: own memory */
+    const int64_t *indices;
+    const float *weights;
+    int64_t x_stride, y_stride;
+    int32_t tokens, top_k;
+    /* laid out by ff_experts_begin: */
+    float *given;             /* `rows`, or own memory */
+    int32_t *starts, *row_of; /* where each expert's rows start; the row of each (token, k) */
+    float *wide, *gathered;   /* silu(gate) · up; rows of x in the order of experts */
+    FFRows x_rows, wide_rows;
+    int32_t next[2]; /* the next piece of work, taken by whoever is free */
+} FFExpertsCall;
+
+/* By one thread, before the team begins; uses the scratch slots 2 and 3 of that thread. */
+void ff_experts_begin(FFExpertsCall *call);
+void ff_experts_team(FFExpertsCall *call, const FFTeam *team);
 
 /* y[m, r] = Σ_k x[m, k] W[r, k] for the strips that this thread owns; any number of rows m, made for few. fp32 x. */
 void ff_linear_team(const FFMatrix *w, const float *x, int64_t x_stride, int m, float *y, int64_t y_stride,

@@ -3,22 +3,16 @@
 
 #include "packed.h"
 
-int64_t ff_packed_bytes(int kind, int rows, int cols) {
-    int64_t r = (rows + 15) / 16 * 16, c = (cols + 63) / 64 * 64;
-    int64_t bytes = (kind == KIND_INT8 ? r * c : r * c / 2 + r * c / 32) + 4 * r;
-    return (bytes + 63) / 64 * 64;
-}
-
-int64_t ff_rows_bytes(int m, int cols) {
+int64_t ff_rows_bytes(int64_t m, int cols) {
     int64_t stride = (cols + 63) / 64 * 64, tiles = (m + 15) / 16 * 16;
     return tiles * (stride + stride / 4 + 8) + 256;
 }
 
-FFRows ff_rows_in(void *memory, int m, int cols) {
+FFRows ff_rows_in(void *memory, int64_t m, int cols) {
     int64_t stride = (cols + 63) / 64 * 64, tiles = (m + 15) / 16 * 16;
     int8_t *q = memory;
     int32_t *sums = (int32_t *)(q + tiles * stride), *totals = sums + tiles * (stride / 16);
-    return (FFRows){q, sums, totals, (float *)(totals + tiles), stride, m, cols};
+    return (FFRows){q, sums, totals, (float *)(totals + tiles), stride, (int)m, cols};
 }
 
 /* Auto-vectorised for each level by inlining it there. Bit for bit what integer.py's quantize_rows does. */
