@@ -137,3 +137,20 @@ def test_the_compiler_takes_the_trunk(tiny, ids, monkeypatch):
     torch.testing.assert_close(out.hidden_BTD, expected, rtol=1e-5, atol=1e-5)  # rotations are rounded another way
     out.hidden_BTD.sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if name != "lm_head.weight")
+
+
+def test_recorded_experts_forced_on_other_weights_are_taken_in_every_layer(tiny, ids):
+    """Replay: the experts of one pass in another, whose gates would choose otherwise."""
+    model = tiny("v3", num_nextn_predict_layers=1)
+    recorded = model.trunk(ids(2, 20))
+    experts = {routing.layer_index: routing.indices_NK for routing in recorded.routing[:-1]}
+    again = model.trunk(ids(2, 20), forced_experts=experts)
+    torch.testing.assert_close(again.hidden_BTD, recorded.hidden_BTD)
+    with torch.no_grad():
+        for _, gate in model.gates():
+            gate.weight.neg_()
+    own, forced = model.trunk(ids(2, 20)), model.trunk(ids(2, 20), forced_experts=experts)
+    for index, layer in enumerate(forced.routing[:-1]):
+        assert torch.equal(layer.indices_NK, experts[layer.layer_index])
+        assert not torch.equal(own.routing[index].indices_NK, layer.indices_NK)
+    assert forced.routing[-1].layer_index == model.config.num_hidden_layers  # the MTP layer chose for itself

@@ -199,3 +199,17 @@ def test_gate_logits_are_fp32_even_under_autocast_and_in_a_bf16_model():
     half = gate_logits(x.bfloat16(), weight.bfloat16())
     assert half.dtype == torch.float32
     assert half[0, 1] - half[0, 0] == 2.0**-12
+
+
+def test_forced_experts_replace_the_choice_and_nothing_else():
+    config = routing_config(n_group=2, topk_group=1)
+    logits, bias = torch.randn(5, 8), torch.randn(8)
+    free, weights, scores = route(logits, bias, config)
+    forced = torch.tensor([[7, 0], [-1, -1], [3, 4], [-1, -1], [1, 6]])
+    chosen, forced_weights, same_scores = route(logits, bias, config, forced_NK=forced)
+    assert chosen.tolist() == [[7, 0], free[1].tolist(), [3, 4], free[3].tolist(), [1, 6]]
+    assert torch.equal(same_scores, scores)
+    for row in (0, 2, 4):
+        expected = naive_weights(logits[row].tolist(), chosen[row].tolist(), config)
+        torch.testing.assert_close(forced_weights[row], torch.tensor(expected))
+    assert torch.equal(forced_weights[[1, 3]], weights[[1, 3]])

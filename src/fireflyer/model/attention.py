@@ -7,7 +7,8 @@ but the cached C numbers per token is read; for decoding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -50,6 +51,8 @@ class AttentionInputs:
     groups: tuple[AttentionGroup, ...]
     tiles: RowTiles | None = None
     """Where given, no token's result depends on the tokens beside it; attention is then absorbed, whatever the form."""
+    forced_experts: Mapping[int, Tensor] = field(default_factory=dict)
+    """By MoE layer, (B·T, K): the experts to take instead of the gate's choice, see `route`."""
 
     @cached_property
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:

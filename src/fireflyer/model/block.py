@@ -29,6 +29,6 @@ class Block(nn.Module):
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), inputs, self.layer_index)
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
-            y_BTD, routing = self.mlp(normed_BTD, inputs.tiles)
+            y_BTD, routing = self.mlp(normed_BTD, inputs.tiles, inputs.forced_experts.get(self.layer_index))
             return x_BTD + y_BTD, routing
         return x_BTD + self.mlp(normed_BTD, inputs.tiles), None

@@ -6,8 +6,8 @@ on; `forward` goes on to logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +132,7 @@ class Decoder(nn.Module):
         recompute: bool = False,
         groups: Sequence[AttentionGroup] | None = None,
         tiles: RowTiles | None = None,
+        forced_experts: Mapping[int, Tensor] | None = None,
     ) -> TrunkOutput:
         """Hidden states before the head.
 
@@ -147,6 +148,8 @@ class Decoder(nn.Module):
                 form and num_mtp are then not given, and each row's position must be.
             tiles: where given, each token's result has the same bits whatever is computed beside it: in any batch,
                 chunk or cache. For inference; `form` is not asked, and document_ids are not possible.
+            forced_experts: by layer index, (B·T, K) int64: the experts that main layers take instead of their gates'
+                choice; rows of -1 choose for themselves.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -164,6 +167,8 @@ class Decoder(nn.Module):
             inputs = _attention_inputs(cos_sin, positions, document_ids, cache, form, tiles)
         else:
             inputs, num_mtp = AttentionInputs(*cos_sin, tuple(groups), tiles), 0
+        if forced_experts is not None:
+            inputs = replace(inputs, forced_experts=forced_experts)
 
         routing: list[Routing] = []
         hidden_BTD = embeds_BTD

@@ -165,11 +165,15 @@ class MoE(nn.Module):
             else None
         )
 
-    def forward(self, x_BTD: Tensor, tiles: RowTiles | None = None) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x_BTD: Tensor, tiles: RowTiles | None = None, forced_NK: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """tiles, forced_NK: as `route` takes them."""
         shape_BT = (x_BTD.shape[0], x_BTD.shape[1])
         x_ND = x_BTD.flatten(0, 1)
         logits_NE = gate_logits(x_ND, self.gate.weight, tiles)
-        indices_NK, weights_NK, scores_NE = route(logits_NE, self.gate.e_score_correction_bias, self.config, tiles)
+        bias_E = self.gate.e_score_correction_bias
+        indices_NK, weights_NK, scores_NE = route(logits_NE, bias_E, self.config, tiles, forced_NK)
         y_BTD = self.experts(x_ND, indices_NK, weights_NK, tiles).view_as(x_BTD)
         if self.shared_experts is not None:
             y_BTD = y_BTD + self.shared_experts(x_BTD, tiles)

@@ -24,7 +24,11 @@ def stable_top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def route(
-    logits_NE: Tensor, gate_bias_E: Tensor | None, config: ModelConfig, tiles: RowTiles | None = None
+    logits_NE: Tensor,
+    gate_bias_E: Tensor | None,
+    config: ModelConfig,
+    tiles: RowTiles | None = None,
+    forced_NK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose experts.
 
@@ -33,6 +37,8 @@ def route(
         gate_bias_E: (E,) fp32, or None where the model has none (V2).
         config: its routing fields are read.
         tiles: where given, no row of the result depends on the others.
+        forced_NK: (N, K) int64, the experts to take instead of the gate's choice; rows of -1 choose for themselves.
+            The weights are the gate's in any case.
 
     Returns:
         indices_NK: (N, K) int64, best first.
@@ -48,6 +54,8 @@ def route(
         if config.n_group > 1 and config.topk_method != "greedy":
             choice_NE = _close_groups(choice_NE, config)
         indices_NK = stable_top_k(choice_NE, config.num_experts_per_tok)
+        if forced_NK is not None:
+            indices_NK = torch.where(forced_NK < 0, indices_NK, forced_NK)
     weights_NK = scores_NE.gather(1, indices_NK)
     if config.norm_topk_prob:
         weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
