@@ -8,7 +8,7 @@
 
 #include "native.h"
 
-#define PIECE 8 /* strips of 16 outputs in one piece of work */
+#define PIECE 16 /* strips of 16 outputs in one piece of work */
 
 static int is_packed(const FFExperts *of) { return of->kind == KIND_INT8 || of->kind == KIND_INT4; }
 

@@ -109,7 +109,9 @@ static void by_many_rows(const Packed *w, const FFRows *x, float *y, int64_t y_s
         int strips = end - strip < 2 ? 1 : 2;
         Strip both[2] = {strip_of(w, strip), strip_of(w, strips == 2 ? strip + 1 : strip)};
         for (int s = 0; wide && s < strips; s++) use->widen(w, both[s], wide + s * bytes);
-        use->many(wide ? wide : both[0].codes, bytes, strips, both, x, y + strip * 16, y_stride);
+        int64_t next = end - strip - strips < 2 ? end - strip - strips : 2, own = wide ? bytes / 2 : bytes;
+        Ahead ahead = {both[0].codes + strips * own, next * own};
+        use->many(wide ? wide : both[0].codes, bytes, strips, both, x, y + strip * 16, y_stride, ahead);
     }
 }
 

@@ -7,7 +7,6 @@
 #include "native.h"
 
 #define INLINE static inline __attribute__((always_inline))
-#define MANY 1024 /* rows of x that a kernel may be asked for at once */
 
 typedef struct {
     const uint8_t *codes;
@@ -40,9 +39,15 @@ INLINE Strip strip_of(const Packed *w, int64_t strip) {
 /* Up to FEW rows of x by one strip, straight from the packed bytes; x begins with row `first`. */
 #define FEW 4
 typedef void (*FewRows)(const Packed *w, Strip strip, const FFRows *x, int first, int m, float *y, int64_t y_stride);
+/* What is wanted next: fetched into the second cache little by little, so that memory and multiplications overlap. */
+typedef struct {
+    const uint8_t *at;
+    int64_t bytes;
+} Ahead;
+
 /* `strips` (1 or 2) strips with codes of one byte, `bytes` apart, by all rows of x. */
 typedef void (*ManyRows)(const uint8_t *codes, int64_t bytes, int strips, const Strip *strip, const FFRows *x, float *y,
-                         int64_t y_stride);
+                         int64_t y_stride, Ahead ahead);
 /* A strip of int4 as the same strip of int8. */
 typedef void (*Widen)(const Packed *w, Strip strip, uint8_t *codes);
 

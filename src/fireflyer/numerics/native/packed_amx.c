@@ -29,9 +29,16 @@ AMX INLINE void finish(const int32_t *sums, Strip strip, const FFRows *x, int fi
     }
 }
 
+/* The next 1 / steps of what is ahead. */
+AMX INLINE void fetch(Ahead *ahead, int64_t steps) {
+    int64_t bytes = ahead->bytes / steps;
+    for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch((const char *)ahead->at + at, _MM_HINT_T1);
+    ahead->at += bytes, ahead->bytes -= bytes;
+}
+
 /* Tiles 0..3 are the sums, 4 and 5 the rows of x, 6 and 7 the strips; x has whole tiles of rows. */
 AMX static void block_32(const uint8_t *codes, int64_t bytes, const Strip *strip, const FFRows *x, int first, float *y,
-                         int64_t y_stride) {
+                         int64_t y_stride, Ahead ahead) {
     int32_t sums[256] __attribute__((aligned(64)));
     const int8_t *q = x->q + first * x->stride;
     _tile_zero(0);
@@ -39,6 +46,7 @@ AMX static void block_32(const uint8_t *codes, int64_t bytes, const Strip *strip
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < x->stride; k += 64) {
+        fetch(&ahead, (x->stride - k) / 64);
         _tile_loadd(6, codes + k * 16, 64);
         _tile_loadd(4, q + k, x->stride);
         _tile_dpbsud(0, 4, 6);
@@ -85,10 +93,14 @@ AMX static void block_16(const uint8_t *codes, int64_t bytes, int strips, const 
 }
 
 AMX static void many(const uint8_t *codes, int64_t bytes, int strips, const Strip *strip, const FFRows *x, float *y,
-                     int64_t y_stride) {
+                     int64_t y_stride, Ahead ahead) {
     shape_tiles(); /* for each pair of strips: whoever else uses tiles on this thread shapes them anew as well */
     int first = 0;
-    for (; strips == 2 && x->m - first > 16; first += 32) block_32(codes, bytes, strip, x, first, y, y_stride);
+    for (; strips == 2 && x->m - first > 16; first += 32) {
+        Ahead part = {ahead.at, ahead.bytes * 32 / (x->m - first < 32 ? 32 : x->m - first)};
+        block_32(codes, bytes, strip, x, first, y, y_stride, part);
+        ahead.at += part.bytes, ahead.bytes -= part.bytes;
+    }
     for (; first < x->m; first += 16) block_16(codes, bytes, strips, strip, x, first, y, y_stride);
     _tile_release();
 }

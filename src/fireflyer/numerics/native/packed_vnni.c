@@ -103,7 +103,8 @@ VNNI static void few_int4(const Packed *w, Strip strip, const FFRows *x, int fir
 }
 
 VNNI INLINE void many_block(const uint8_t *codes, int64_t bytes, const int strips, const Strip *strip, const FFRows *x,
-                            int first, const int m, float *y, int64_t y_stride) {
+                            int first, const int m, float *y, int64_t y_stride, Ahead ahead) {
+    const int64_t steps = x->stride / 4, ahead_step = ahead.bytes < 64 * steps ? ahead.bytes / steps : 64;
     __m512i sums[BLOCK][2];
     for (int i = 0; i < m; i++)
         for (int s = 0; s < strips; s++) sums[i][s] = _mm512_set1_epi32(x->totals[first + i]);
@@ -111,6 +112,8 @@ VNNI INLINE void many_block(const uint8_t *codes, int64_t bytes, const int strip
     for (int64_t k = 0; k < x->stride; k += 4) {
         __m512i weights[2];
         for (int s = 0; s < strips; s++) weights[s] = _mm512_loadu_si512(codes + s * bytes + k * 16);
+        _mm_prefetch((const char *)ahead.at, _MM_HINT_T1);
+        ahead.at += ahead_step;
         for (int i = 0; i < m; i++) {
             __m512i four = four_inputs(q + i * x->stride + k);
             for (int s = 0; s < strips; s++) sums[i][s] = _mm512_dpbusd_epi32(sums[i][s], weights[s], four);
@@ -123,15 +126,16 @@ VNNI INLINE void many_block(const uint8_t *codes, int64_t bytes, const int strip
 
 #define CASE(n)                                                                                                       \
     case n:                                                                                                           \
-        if (strips == 2) many_block(codes, bytes, 2, strip, x, first, n, y, y_stride);                                \
-        else many_block(codes, bytes, 1, strip, x, first, n, y, y_stride);                                            \
+        if (strips == 2) many_block(codes, bytes, 2, strip, x, first, n, y, y_stride, part);                          \
+        else many_block(codes, bytes, 1, strip, x, first, n, y, y_stride, part);                                      \
         break;
 
 VNNI static void many(const uint8_t *codes, int64_t bytes, int strips, const Strip *strip, const FFRows *x, float *y,
-                      int64_t y_stride) {
+                      int64_t y_stride, Ahead ahead) {
     int blocks = (x->m + BLOCK - 1) / BLOCK;
     for (int block = 0; block < blocks; block++) {
         int first = x->m * block / blocks, end = x->m * (block + 1) / blocks;
+        Ahead part = {ahead.at + ahead.bytes * block / blocks, ahead.bytes / blocks};
         switch (end - first) {
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
         }
