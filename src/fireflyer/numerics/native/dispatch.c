@@ -5,6 +5,8 @@
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 static int level = -1;
@@ -31,8 +33,10 @@ static int best_level(void) {
         return LEVEL_AVX2;
     if (!__builtin_cpu_supports("avx512vnni")) return LEVEL_AVX512;
     return may_use_amx() ? LEVEL_AMX : LEVEL_VNNI;
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && defined(__APPLE__)
     return LEVEL_NEON;
+#elif defined(__aarch64__) && defined(__linux__)
+    return getauxval(AT_HWCAP) >> 20 & 1 ? LEVEL_NEON : LEVEL_SCALAR; /* HWCAP_ASIMDDP */
 #else
     return LEVEL_SCALAR;
 #endif

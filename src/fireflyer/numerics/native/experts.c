@@ -100,12 +100,11 @@ static void swiglu_plain(const float *gate, const float *up, float *out, int cou
 }
 
 #if defined(__x86_64__)
-__attribute__((target("avx2,fma"))) static void swiglu_avx2(const float *gate, const float *up, float *out, int count) {
+AVX2_LOOPS static void swiglu_avx2(const float *gate, const float *up, float *out, int count) {
     swiglu_body(gate, up, out, count);
 }
 
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) static void swiglu_avx512(
-    const float *gate, const float *up, float *out, int count) {
+AVX512_LOOPS static void swiglu_avx512(const float *gate, const float *up, float *out, int count) {
     swiglu_body(gate, up, out, count);
 }
 #endif

@@ -10,6 +10,16 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
+#if defined(__x86_64__)
+/* For functions whose plain C the compiler shall turn into vectors of a level. */
+#define AVX2_LOOPS __attribute__((target("avx2,fma")))
+#if defined(__clang__)
+#define AVX512_LOOPS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
+#else
+#define AVX512_LOOPS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512")))
+#endif
+#endif
+
 /* What the CPU can do, in rising order; a kernel takes the highest level that it has a form for. */
 enum { LEVEL_SCALAR = 0, LEVEL_AVX2 = 1, LEVEL_AVX512 = 2, LEVEL_VNNI = 3, LEVEL_AMX = 4, LEVEL_NEON = 10 };
 

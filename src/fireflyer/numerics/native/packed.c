@@ -56,13 +56,13 @@ static void quantize_plain(const float *x, int cols, int64_t padded, int8_t *q, 
 }
 
 #if defined(__x86_64__)
-__attribute__((target("avx2"))) static void quantize_avx2(const float *x, int cols, int64_t padded, int8_t *q,
-                                                          int32_t *sums, int32_t *total, float *scale) {
+AVX2_LOOPS static void quantize_avx2(const float *x, int cols, int64_t padded, int8_t *q, int32_t *sums, int32_t *total,
+                                     float *scale) {
     quantize_row(x, cols, padded, q, sums, total, scale);
 }
 
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) static void quantize_avx512(
-    const float *x, int cols, int64_t padded, int8_t *q, int32_t *sums, int32_t *total, float *scale) {
+AVX512_LOOPS static void quantize_avx512(const float *x, int cols, int64_t padded, int8_t *q, int32_t *sums,
+                                         int32_t *total, float *scale) {
     quantize_row(x, cols, padded, q, sums, total, scale);
 }
 #endif
