@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from fireflyer.cli.configs import find_model
+from fireflyer.errors import UserError
 
 if TYPE_CHECKING:
     from fireflyer.config import ModelConfig
@@ -16,21 +17,49 @@ def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "inspect",
         help="count a model's parameters, cache and operations",
-        description="Count a model's parameters, the bytes of its files and its cache, and the operations of a token.",
+        description="Count a model's parameters, the bytes of its files and its cache, and the operations of a token;"
+        " with --fit say whether it fits this machine.",
     )
     parser.add_argument(
         "config",
         metavar="CONFIG",
-        help="a checkpoint or run folder, a config.json, a recipe, or a shipped model such as deepseek-v3",
+        help="a checkpoint or run folder, a GGUF file, a config.json, a recipe, or a shipped model such as deepseek-v3",
     )
+    parser.add_argument("--fit", action="store_true", help="say whether it fits this machine, and what to do if not")
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="with --fit: tokens of each sequence; default: 4096 or the model's own"
+    )
+    parser.add_argument("--batch", type=int, metavar="B", help="with --fit: sequences at the same time; default: 1")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
 
 
 def run(args: argparse.Namespace) -> int:
+    context, batch = _asked(args)
     config = find_model(args.config)
+    if context is not None and context > config.max_position_embeddings:
+        raise UserError(
+            f"--context is {context}, beyond the model's {config.max_position_embeddings:,} tokens; lower it"
+        )
     facts = count(config)
-    print(json.dumps(facts) if args.json else table(args.config, config, facts))
+    text = table(args.config, config, facts)
+    if args.fit:
+        from fireflyer.cli.fit_view import examine
+
+        context = context or min(4096, config.max_position_embeddings)
+        facts["fit"], fit_text = examine(args.config, config, context, batch)
+        text += f"\n\n{fit_text}"
+    print(json.dumps(facts) if args.json else text)
     return 0
+
+
+def _asked(args: argparse.Namespace) -> tuple[int | None, int]:
+    """--context and --batch. Raises UserError."""
+    for name, value in (("--context", args.context), ("--batch", args.batch)):
+        if value is not None and not args.fit:
+            raise UserError(f"{name} {value} says what has to fit; add --fit")
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    return args.context, args.batch or 1
 
 
 def count(config: ModelConfig) -> dict[str, Any]:
