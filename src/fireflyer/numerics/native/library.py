@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -94,7 +94,7 @@ class ExpertsCall(ctypes.Structure):
 
 @dataclass(frozen=True)
 class ExpertTable:
-    """Where a layer's experts lie. It does not keep their memory alive.
+    """Where a layer's experts lie.
 
     addresses (E, 3) int64: gate and up (width, hidden) and down (hidden, width); 0 for an expert that is not there.
     """
@@ -103,13 +103,15 @@ class ExpertTable:
     hidden: int
     width: int
     kind: int
+    memory: Sequence[Tensor]
+    """What the addresses point into, kept alive."""
 
     @classmethod
     def stacked(cls, packed: Tensor, shapes: ExpertShapes) -> ExpertTable:
         """All experts, of one tensor (E, bytes) whose rows `numerics.integer.pack_expert` made."""
         assert packed.is_contiguous()
         starts = packed.data_ptr() + torch.arange(packed.shape[0]) * packed.shape[1]
-        return cls(starts[:, None] + _parts_at(shapes), shapes[0].cols, shapes[0].rows, _KINDS[shapes[0].kind])
+        return cls(starts[:, None] + _parts_at(shapes), *_experts_shape(shapes), [packed])
 
     @classmethod
     def some(cls, num_experts: int, blocks: Mapping[int, Tensor], shapes: ExpertShapes) -> ExpertTable:
@@ -117,7 +119,7 @@ class ExpertTable:
         starts = torch.tensor([block.data_ptr() for block in blocks.values()])
         addresses = torch.zeros(num_experts, 3, dtype=torch.int64)
         addresses[torch.tensor(list(blocks))] = starts[:, None] + _parts_at(shapes)
-        return cls(addresses, shapes[0].cols, shapes[0].rows, _KINDS[shapes[0].kind])
+        return cls(addresses, *_experts_shape(shapes), list(blocks.values()))
 
     @classmethod
     def dense(cls, gate_up_EJD: Tensor, down_EDI: Tensor) -> ExpertTable:
@@ -129,7 +131,11 @@ class ExpertTable:
         down = down_EDI.data_ptr() + number * down_EDI[0].nbytes
         _, hidden, width = down_EDI.shape
         addresses = torch.stack([gate, gate + gate_up_EJD[0].nbytes // 2, down], dim=1)
-        return cls(addresses, hidden, width, _DENSE_KINDS[down_EDI.dtype])
+        return cls(addresses, hidden, width, _DENSE_KINDS[down_EDI.dtype], [gate_up_EJD, down_EDI])
+
+
+def _experts_shape(shapes: ExpertShapes) -> tuple[int, int, int]:
+    return shapes[0].cols, shapes[0].rows, _KINDS[shapes[0].kind]
 
 
 def _parts_at(shapes: ExpertShapes) -> Tensor:
