@@ -37,7 +37,7 @@ COMMAND = [
     *(f"--set={key}={value}" for key, value in SETTINGS.items()),
 ]
 SEEDS, KILLS = (1, 2), 10
-WALL_TIMES = ("tokens_per_s", "train_s")
+WALL_TIMES = ("tokens_per_s", "train_s", "peak_memory_bytes")
 _LIMIT_S = 300
 
 

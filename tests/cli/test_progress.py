@@ -25,9 +25,7 @@ def step(number: int, tokens_per_s: float = 100.0, train_s: float | None = None)
     return StepMetrics(
         step=number,
         tokens=number * 100,
-        loss=2.0,
-        mtp_loss=2.5,
-        balance_loss=1.0,
+        values={"loss": 2.0, "mtp_loss": 2.5, "balance_loss": 1.0},
         lr=1e-3,
         grad_norm=0.5,
         tokens_per_s=tokens_per_s,
@@ -35,6 +33,7 @@ def step(number: int, tokens_per_s: float = 100.0, train_s: float | None = None)
         batch_size=4,
         epoch=0,
         train_s=2.0 * number if train_s is None else train_s,
+        peak_memory_bytes=10**8,
     )
 
 
@@ -47,7 +46,7 @@ def drawn(stream: io.StringIO) -> str:
         progress.on_event(STARTED)
         for number in range(1, 11):
             progress.on_event(StepDone(step(number), 10))
-        progress.on_event(Evaluated(10, 2.0, 1.5, 0.1))
+        progress.on_event(Evaluated(10, {"eval_loss": 2.0, "bits_per_byte": 1.5, "mtp_acceptance": 0.5}, 0.1))
         progress.on_event(Saved(10, Path("run/checkpoints/step-00000010"), 0.1))
         progress.on_event(Finished(Path("run"), 10, already=False))
     return stream.getvalue()

@@ -5,8 +5,9 @@ import time
 import torch
 
 from fireflyer.config import ModelConfig
+from fireflyer.data.packing import NO_LABEL, Batch
 from fireflyer.evaluate.machine import measure_matmul_flops_per_s, measure_read_bytes_per_s
-from fireflyer.evaluate.speculation import mtp_acceptance
+from fireflyer.evaluate.speculation import draft_agreement, mtp_acceptance
 from fireflyer.model.decoder import Decoder, init_weights_
 
 _SHAPE = {
@@ -80,3 +81,24 @@ def test_the_reading_rate_is_of_this_machine():
         buffer.clone()  # reads each byte, and writes it too: slower than reading alone, but by less than ten
     copied = 4 * buffer.nbytes / (time.perf_counter() - begun)
     assert copied / 4 < measure_read_bytes_per_s(gib=1 / 16, seconds=0.05) < copied * 40
+
+
+def test_agreement_is_counted_position_by_position() -> None:
+    model = _model(1)
+    draw = torch.Generator().manual_seed(2)
+    ids = torch.randint(12, (3, 20), generator=draw)
+    labels = torch.where(torch.rand(3, 20, generator=draw) < 0.3, NO_LABEL, ids.roll(-1, 1))
+    positions = torch.arange(20).expand(3, 20)
+    hits = []
+    for row in range(3):
+        for place in range(1, 20):
+            if labels[row, place] != NO_LABEL:
+                with torch.no_grad():
+                    out = model(ids[row : row + 1, : place + 1])
+                hits.append(int(out.mtp_logits[0][0, place - 1].argmax()) == int(out.logits[0, place].argmax()))
+    batch = Batch(ids, labels, positions, torch.zeros_like(ids))
+    assert draft_agreement(model, batch) == sum(hits) / len(hits)
+    assert 0 < sum(hits) < len(hits)
+    nothing = Batch(ids, torch.full_like(ids, NO_LABEL), positions, torch.zeros_like(ids))
+    assert draft_agreement(model, nothing) is None
+    assert draft_agreement(_model(0), batch) is None

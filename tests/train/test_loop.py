@@ -17,8 +17,11 @@ from tiny_run import checkpoint_bytes, read_tensors, tiny_recipe, write_text
 
 from fireflyer.checkpoint.hf import load_model
 from fireflyer.checkpoint.run import newest_good_checkpoint
+from fireflyer.checkpoint.run_folder import read_metrics
 from fireflyer.data.packing import Batch
 from fireflyer.errors import Stopped, UserError
+from fireflyer.infer.llm import LLM
+from fireflyer.infer.sampling_params import SamplingParams
 from fireflyer.model.decoder import Decoder
 from fireflyer.train import events, loop, setup, snapshot, summary
 from fireflyer.train.loop import Trainer, train
@@ -120,7 +123,7 @@ def test_steps_equal_a_loop_written_by_hand(settings: dict, text: Path, tmp_path
     trainer = open_trainer(recipe, tmp_path / "run")
     masked = recipe.data.mask_documents
     model = open_trainer(recipe, tmp_path / "other").state.model  # the same random weights
-    loader = open_trainer(recipe, tmp_path / "other").state.loader
+    loader = open_trainer(recipe, tmp_path / "other").state.objective
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
     adamw = torch.optim.AdamW(
@@ -153,8 +156,8 @@ def test_steps_equal_a_loop_written_by_hand(settings: dict, text: Path, tmp_path
         tokens += batch.input_ids_BT.numel()
         assert metrics.tokens == tokens
         assert metrics.loss == pytest.approx(main.item(), rel=1e-5)
-        assert metrics.mtp_loss == pytest.approx(mtp.item(), rel=1e-5)
-        assert metrics.balance_loss == pytest.approx(balance.item(), rel=1e-5)
+        assert metrics.values["mtp_loss"] == pytest.approx(mtp.item(), rel=1e-5)
+        assert metrics.values["balance_loss"] == pytest.approx(balance.item(), rel=1e-5)
         assert metrics.grad_norm == pytest.approx(norm.item(), rel=1e-4)
         worst = max(max(c) / (sum(c) / 8) - 1 for c in counts.values())
         assert metrics.max_vio == pytest.approx(worst)
@@ -176,9 +179,9 @@ def test_split_and_recomputation_leave_counts_and_losses(text: Path, tmp_path: P
         ({}, {"parallel__micro_batch_size": 1}, {"parallel__micro_batch_size": 2, "parallel__recompute": True})
     ):
         trainer = open_trainer(tiny_recipe(text, **settings), tmp_path / str(number))
-        batch = trainer.state.loader.next_batch(4)
+        batch = trainer.state.objective.next_batch(4)
         result = trainer.forward_backward(batch)
-        rows.append((result.counts, result.loss, result.mtp_loss, result.balance_loss))
+        rows.append((result.counts, *(result.values[name] for name in ("loss", "mtp_loss", "balance_loss"))))
         assert sum(int(c.sum()) for c in result.counts.values()) == 4 * 2 * (24 + 24 + 23 + 22)
         trainer.close()
     for counts, *losses in rows[1:]:
@@ -187,6 +190,31 @@ def test_split_and_recomputation_leave_counts_and_losses(text: Path, tmp_path: P
 
 
 # --- What a run leaves and tells
+
+
+def test_the_load_of_experts_and_what_is_written_over_time(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "EXPERT_ROWS", 3)
+    recipe = tiny_recipe(text, steps=7, eval_every=3, eval_samples=2, balance__bias_speed=0.01)
+    train(recipe, tmp_path / "run")
+    rows = {name: read_metrics(tmp_path / "run", name=f"{name}.jsonl") for name in ("metrics", "experts", "samples")}
+    assert [row["step"] for row in rows["experts"]] == [2, 4, 6, 7]
+    for row in rows["experts"]:
+        busiest = max(max(load) for load in row["load"].values()) - 1
+        assert busiest == pytest.approx(rows["metrics"][row["step"] - 1]["max_vio"], abs=1e-3)
+        assert all(sum(load) == pytest.approx(8, abs=0.01) for load in row["load"].values())
+    biases = dict(load_model(tmp_path / "run").gate_biases())
+    assert {int(layer) for layer in rows["experts"][-1]["bias"]} == biases.keys()
+    for layer, bias in rows["experts"][-1]["bias"].items():
+        assert bias == pytest.approx(biases[int(layer)].tolist(), abs=1e-5)
+    assert [row["step"] for row in rows["samples"]] == [3, 3, 6, 6, 7, 7]
+    assert len({row["prompt"] for row in rows["samples"]}) == 2
+    held_out = open_trainer(recipe, tmp_path / "run").state.objective.held_out.batches[0]
+    beginnings = [held_out.input_ids_BT[row, :12].tolist() for row in (0, 1)]
+    answers = LLM(tmp_path / "run").generate(beginnings, SamplingParams(max_tokens=64, temperature=0))
+    assert [row["text"] for row in rows["samples"][-2:]] == [answer.outputs[0].text for answer in answers]
+    assert 0 <= rows["metrics"][-1]["mtp_acceptance"] <= 1
 
 
 def test_a_run_its_files_and_its_events(text: Path, tmp_path: Path):

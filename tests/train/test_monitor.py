@@ -156,7 +156,7 @@ def test_non_finite_values_stop_with_step_layer_and_batch(
 def open_state_loader(inputs, run_dir: Path):
     run_dir.mkdir()
     lay_out(inputs, run_dir)
-    return open_state(inputs, run_dir, lambda event: None).loader
+    return open_state(inputs, run_dir, lambda event: None).objective.loader
 
 
 def test_a_toy_run_stays_within_bounds(tmp_path: Path):

@@ -41,7 +41,7 @@ CHANGED = {
 }
 OTHERWISE_TESTED = {
     "how long, how often and where": {"tokens", "epochs", "checkpoint_every", "keep_checkpoints", "eval_every"}
-    | {"eval_data", "eval_rows", "log_every", "device", "compile", "threads", "init_from"},
+    | {"eval_data", "eval_rows", "eval_samples", "log_every", "device", "compile", "threads", "init_from"},
     "what is read": {"data.sources", "data.tokenizer", "data.encoding_errors", "data.text_column"},
     "no effect on the weights": {"ema.decay", "parallel.micro_batch_size", "parallel.recompute"},
     "only with others": {"optimizer.muon_momentum", "schedule.final", "schedule.batch_start"}

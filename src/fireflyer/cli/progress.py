@@ -45,10 +45,8 @@ class Progress:
         if isinstance(event, StepDone):
             self._step(event)
         elif isinstance(event, Evaluated):
-            self._bits_per_byte = event.bits_per_byte
-            self.note(
-                f"step {event.step:,}: held-out loss {event.eval_loss:.3f}, {event.bits_per_byte:.3f} bits a byte"
-            )
+            self._bits_per_byte = event.values.get("bits_per_byte")
+            self.note(f"step {event.step:,}: {_scores(event.values)}")
         else:
             self.note(_sentence(event, self._recent, self._bits_per_byte))
 
@@ -81,6 +79,16 @@ def status(
     speed = len(recent) / sum(1 / step.tokens_per_s for step in recent)
     measures += [f"{speed:,.0f} tok/s", f"busiest expert +{now.max_vio:.0%}"]
     return "  ".join(progress), "  ".join(measures)
+
+
+_SCORES = {"eval_loss": "held-out loss {:.3f}", "bits_per_byte": "{:.3f} bits a byte"}
+
+
+def _scores(values: dict[str, float]) -> str:
+    """Pretraining's in words, others by their names; what is only for the report is left out."""
+    said = [words.format(values[name]) for name, words in _SCORES.items() if name in values]
+    others = values.keys() - _SCORES.keys() - {"mtp_acceptance"}
+    return ", ".join([*said, *(f"{name.replace('_', ' ')} {values[name]:.4g}" for name in sorted(others))])
 
 
 def duration(seconds: float) -> str:

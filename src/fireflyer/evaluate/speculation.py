@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from fireflyer.data.packing import NO_LABEL, Batch
 from fireflyer.model.decoder import Decoder
 
 _TOGETHER = 128
@@ -39,3 +40,28 @@ def mtp_acceptance(model: Decoder, sequences: Sequence[tuple[Sequence[int], int]
             accepted += int((drafts[row, first - 2 : len(ids) - 2] == tokens[row, first : len(ids)]).sum())
             drafted += len(ids) - first
     return accepted / drafted if drafted else None
+
+
+@torch.no_grad()
+def draft_agreement(model: Decoder, batch: Batch, *, mask_documents: bool = False) -> float | None:
+    """Share of a batch's positions where depth 1 says the token that the model itself says next; a training measure.
+
+    Both are shown the text, not their own tokens, so that it costs one forward pass. Positions without a label don't
+    count. None without an MTP module, or where no position counts.
+    """
+    if not model.config.num_nextn_predict_layers:
+        return None
+    device = model.device
+    out = model.trunk(
+        batch.input_ids_BT.to(device),
+        positions=batch.positions_BT.to(device),
+        document_ids=batch.document_ids_BT.to(device) if mask_documents else None,
+        num_mtp=1,
+    )
+    # Row i of depth 1 knows the tokens up to i+1 and says token i+2, as row i+1 of the model does.
+    counts_X = batch.labels_BT[:, 1:] != NO_LABEL
+    if not bool(counts_X.any()):
+        return None
+    drafts_X = model.head(out.mtp_hidden[0][counts_X.to(device)]).argmax(-1)
+    says_X = model.head(out.hidden_BTD[:, 1:][counts_X.to(device)]).argmax(-1)
+    return float((drafts_X == says_X).double().mean())

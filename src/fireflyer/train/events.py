@@ -5,8 +5,9 @@ The loop prints nothing. Out: one of these to `on_event`, in order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,18 @@ class Started:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step; the losses are means over its whole batch, before their weights.
+    """One optimizer step.
 
-    `loss` is the main model's cross entropy (nats), `mtp_loss` the mean over depths, `balance_loss` the sum over MoE
-    layers, `grad_norm` before clipping, `max_vio` the worst layer's busiest expert over its mean load, minus 1;
-    `tokens` are those seen after the step, `train_s` the wall time of the loop so far, over all resumptions.
+    `values` are the objective's, `loss` among them. Pretraining's are means over the whole batch, before their weights:
+    `loss` the main model's cross entropy (nats), `mtp_loss` the mean over depths, `balance_loss` the sum over MoE
+    layers. `grad_norm` is before clipping, `max_vio` the worst layer's busiest expert over its mean load, minus 1;
+    `tokens` are those seen after the step, `train_s` the wall time of the loop so far, over all resumptions,
+    `peak_memory_bytes` the process's.
     """
 
     step: int
     tokens: int
-    loss: float
-    mtp_loss: float
-    balance_loss: float
+    values: dict[str, float]
     lr: float
     grad_norm: float
     tokens_per_s: float
@@ -53,6 +54,17 @@ class StepMetrics:
     batch_size: int
     epoch: int
     train_s: float
+    peak_memory_bytes: int
+
+    @property
+    def loss(self) -> float:
+        return self.values["loss"]
+
+    def row(self) -> dict[str, Any]:
+        """A line of metrics.jsonl."""
+        row = {field.name: getattr(self, field.name) for field in fields(self)}
+        del row["values"]
+        return {"step": self.step, "tokens": self.tokens, **self.values, **row}
 
 
 @dataclass(frozen=True)
@@ -65,11 +77,11 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Held-out text was scored with the weights after `step`: nats a label, bits a byte of text."""
+    """Held-out data was scored with the weights after `step`; pretraining's `values` are `eval_loss` (nats a label),
+    `bits_per_byte` of text and `mtp_acceptance`."""
 
     step: int
-    eval_loss: float
-    bits_per_byte: float
+    values: dict[str, float]
     seconds: float
 
 

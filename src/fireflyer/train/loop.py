@@ -10,8 +10,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,32 +19,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fireflyer.checkpoint.run_folder import MetricsLog, RunLock, read_metrics, writing
+from fireflyer.checkpoint.run_folder import EXPERTS, SAMPLES, MetricsLog, RunLock, read_metrics, writing
 from fireflyer.checkpoint.writer import CheckpointWriter
 from fireflyer.cost.flops import mtp_training_flops_per_token, training_flops_per_token
 from fireflyer.cost.parameters import count_parameters
-from fireflyer.data.packing import Batch
 from fireflyer.errors import Stopped, UserError
-from fireflyer.evaluate.likelihood import Likelihood, held_out_likelihood
 from fireflyer.model.decoder import compile_trunk
 from fireflyer.model.routing import expert_counts, max_violation, update_gate_bias_
 from fireflyer.train import events
 from fireflyer.train.average import update_average_
 from fireflyer.train.events import Event, StepMetrics
-from fireflyer.train.losses import LossTerms, count_valid, training_losses
 from fireflyer.train.monitor import LossMonitor, first_non_finite, is_finite, largest_gradient, save_failure
+from fireflyer.train.objective import Evaluation
 from fireflyer.train.optimizer import clip_gradients
-from fireflyer.train.schedule import batch_size_at, bias_speed, learning_rate, mtp_weight, run_steps, run_tokens
+from fireflyer.train.schedule import batch_size_at, bias_speed, learning_rate, run_steps, run_tokens
 from fireflyer.train.settings import Recipe
-from fireflyer.train.setup import Inputs, RunState, check_folder, lay_out, open_inputs, open_state, recipe_sha256
+from fireflyer.train.setup import (
+    Inputs,
+    InputsOpener,
+    RunState,
+    check_folder,
+    lay_out,
+    open_inputs,
+    open_state,
+    recipe_sha256,
+)
 from fireflyer.train.snapshot import take_snapshot
 from fireflyer.train.summary import RECENT_STEPS, Summary, finished_summary, peak_memory_bytes, write_summary
+
+EXPERT_ROWS = 200
+"""How often, in a whole run, the load of every expert is written down."""
 
 
 def train(
     recipe: Recipe,
     run_dir: str | Path,
     *,
+    opener: InputsOpener | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Summary:
@@ -52,6 +63,7 @@ def train(
 
     Args:
         run_dir: a new folder, or that of a run of the same recipe.
+        opener: reads and checks what the run learns from; default pretraining's, `setup.open_inputs`.
         on_event: told what happens, see events.py.
         should_stop: asked after every step; once true, the run saves itself and raises Stopped.
 
@@ -64,7 +76,7 @@ def train(
     if stored is not None and (summary := finished_summary(run_dir, recipe)) is not None:
         on_event(events.Finished(run_dir, summary.step, already=True))
         return summary
-    inputs = open_inputs(recipe, run_dir, stored, on_event)
+    inputs = (opener or open_inputs)(recipe, run_dir, stored, on_event)
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
     with RunLock(run_dir), _threads(inputs.recipe.threads):
@@ -78,9 +90,8 @@ def train(
 class BatchResult:
     """What the forward and backward passes of one global batch came to."""
 
-    loss: float
-    mtp_loss: float
-    balance_loss: float
+    values: dict[str, float]
+    """The step's metrics of the objective, `loss` among them."""
     counts: dict[int, Tensor]
     """By MoE layer: (E,) how many of the batch's tokens chose each expert."""
 
@@ -90,7 +101,6 @@ class Trainer:
 
     def __init__(self, inputs: Inputs, state: RunState, run_dir: Path, on_event: Callable[[Event], None]) -> None:
         self.recipe = inputs.recipe
-        self.held_out = inputs.held_out
         self.state = state
         self.run_dir = run_dir
         self.on_event = on_event
@@ -98,6 +108,8 @@ class Trainer:
         self.parameters = list(state.model.parameters())
         self.trunk = compile_trunk(state.model) if self.recipe.compile else state.model.trunk
         self.metrics = MetricsLog(run_dir, resume_step=state.step)
+        self.experts = MetricsLog(run_dir, resume_step=state.step, name=EXPERTS)
+        self.samples = MetricsLog(run_dir, resume_step=state.step, name=SAMPLES)
         history = read_metrics(run_dir)
         self.recent = deque(history, maxlen=RECENT_STEPS)
         self.monitor = LossMonitor(state.model.config.vocab_size, (row["loss"] for row in history))
@@ -105,6 +117,7 @@ class Trainer:
             run_dir, keep=self.recipe.keep_checkpoints, recipe_sha256=recipe_sha256(self.recipe)
         )
         self.saved_step = state.step
+        self._counts: dict[int, Tensor] = {}
         self._began = time.perf_counter() - state.train_s
 
     def run(self, asked: Recipe, should_stop: Callable[[], bool]) -> Summary:
@@ -135,79 +148,57 @@ class Trainer:
         began = time.perf_counter()
         lr = learning_rate(recipe, state.step, state.tokens)
         speed = bias_speed(recipe, state.tokens)
-        batch = state.loader.next_batch(batch_size_at(recipe, state.tokens))
+        batch = state.objective.next_batch(batch_size_at(recipe, state.tokens))
+        rows, tokens = state.objective.size(batch)
         result = self.forward_backward(batch)
         grad_norm = clip_gradients(self.parameters, recipe.optimizer.grad_clip)
         self._check(batch, result, grad_norm)
         state.optimizer.step(lr)
         state.optimizer.zero_grad()
         for layer_index, bias in state.model.gate_biases():
-            update_gate_bias_(bias, result.counts[layer_index], speed)
+            if layer_index in result.counts:
+                update_gate_bias_(bias, result.counts[layer_index], speed)
+        self._counts = result.counts
         if recipe.ema.decay:
             update_average_(state.average, state.model, recipe.ema.decay)
-        rows = batch.input_ids_BT.shape[0]
         state.step += 1
-        state.tokens += rows * recipe.seq_len
+        state.tokens += tokens
         state.train_s = time.perf_counter() - self._began
         return StepMetrics(
             step=state.step,
             tokens=state.tokens,
-            loss=result.loss,
-            mtp_loss=result.mtp_loss,
-            balance_loss=result.balance_loss,
+            values=result.values,
             lr=lr,
             grad_norm=grad_norm,
-            tokens_per_s=rows * recipe.seq_len / (time.perf_counter() - began),
+            tokens_per_s=tokens / (time.perf_counter() - began),
             max_vio=max((max_violation(counts) for counts in result.counts.values()), default=0.0),
             batch_size=rows,
-            epoch=state.loader.epoch,
+            epoch=state.objective.epoch,
             train_s=state.train_s,
+            peak_memory_bytes=peak_memory_bytes(),
         )
 
-    def forward_backward(self, batch: Batch) -> BatchResult:
-        """Accumulate the gradients of one global batch, micro-batch by micro-batch."""
-        recipe, model = self.recipe, self.state.model
-        rows, valid = batch.input_ids_BT.shape[0], count_valid(batch.labels_BT)
-        weight, alpha = mtp_weight(recipe, self.state.tokens), recipe.balance.sequence_alpha
-        sums = torch.zeros(3, dtype=torch.float64)
+    def forward_backward(self, batch: Any) -> BatchResult:
+        """Accumulate the gradients of one global batch, part by part."""
+        model, objective = self.state.model, self.state.objective
+        sums: dict[str, Tensor] = {}
         counts: dict[int, Tensor] = {}
-        for micro in _micro_batches(batch, recipe.parallel.micro_batch_size or rows, recipe.device):
-            documents = micro.document_ids_BT if recipe.data.mask_documents else None
-            with _autocast(recipe):
-                out = self.trunk(
-                    micro.input_ids_BT,
-                    positions=micro.positions_BT,
-                    document_ids=documents,
-                    recompute=recipe.parallel.recompute,
-                )
-                terms = training_losses(
-                    out,
-                    model.head_weight,
-                    micro.labels_BT,
-                    documents,
-                    num_experts_per_tok=model.config.num_experts_per_tok,
-                    valid_in_batch=valid,
-                    rows_in_batch=rows,
-                )
-            terms.total(weight, alpha).backward()
-            sums += _values(terms)
-            for routing in out.routing:
+        for part in objective.parts(batch, self.trunk, self.state.tokens):
+            part.loss.backward()
+            for name, value in part.values.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().to("cpu", torch.float64)
+            for routing in part.routing:
                 chosen = expert_counts(routing.indices_NK, model.config.n_routed_experts)
                 counts[routing.layer_index] = counts.get(routing.layer_index, torch.zeros_like(chosen)) + chosen
-        main, mtp, balance = sums.tolist()
-        return BatchResult(main, mtp, balance, counts)
+        values = objective.metrics(batch, {name: float(value) for name, value in sums.items()})
+        return BatchResult(values, counts)
 
-    def evaluate(self) -> Likelihood | None:
-        """Score the held-out rows; changes nothing."""
-        if self.held_out is None:
-            return None
+    def evaluate(self) -> Evaluation | None:
+        """Score what is held out; changes nothing."""
         began = time.perf_counter()
-        with _autocast(self.recipe):
-            scored = held_out_likelihood(
-                self.state.model, self.held_out, mask_documents=self.recipe.data.mask_documents
-            )
-        seconds = time.perf_counter() - began
-        self.on_event(events.Evaluated(self.state.step, scored.loss, scored.bits_per_byte, seconds))
+        scored = self.state.objective.evaluate()
+        if scored is not None:
+            self.on_event(events.Evaluated(self.state.step, scored.values, time.perf_counter() - began))
         return scored
 
     def save(self) -> None:
@@ -215,12 +206,13 @@ class Trainer:
         state = self.state
         if self.saved_step == state.step:
             return
-        self.metrics.sync()
+        for log in (self.metrics, self.experts, self.samples):
+            log.sync()
         stored = {
             "step": state.step,
             "tokens": state.tokens,
             "train_s": state.train_s,
-            "data": state.loader.state_dict(),
+            "data": state.objective.state_dict(),
         }
         snapshot = take_snapshot(state.model, state.optimizer, state.average, stored, self.run_dir)
         self.writer.save(state.step, snapshot.write)
@@ -229,20 +221,25 @@ class Trainer:
     def close(self) -> None:
         """Wait for a save in flight and close the files; raises nothing, so that it hides no error."""
         self.writer.join()
-        self.metrics.close()
+        for log in (self.metrics, self.experts, self.samples):
+            log.close()
 
     def _step_with_bookkeeping(self) -> None:
         state, recipe = self.state, self.recipe
-        epoch = state.loader.epoch
+        epoch = state.objective.epoch
         metrics = self.step()
-        row: dict[str, Any] = asdict(metrics)
+        row = metrics.row()
         last = state.step == self.total_steps
         if recipe.eval_every and (last or state.step % recipe.eval_every == 0):
             scored = self.evaluate()
             if scored is not None:
-                row |= {"eval_loss": scored.loss, "bits_per_byte": scored.bits_per_byte}
+                row |= scored.values
+                for sample in scored.samples:
+                    self.samples.append({"step": state.step, **sample})
         self.metrics.append(row)
         self.recent.append(row)
+        if self._counts and (last or state.step % max(1, self.total_steps // EXPERT_ROWS) == 0):
+            self.experts.append({"step": state.step, **expert_row(self._counts, state.model.gate_biases())})
         if metrics.epoch > epoch:
             self.on_event(events.Notice(f"the data begins again, reshuffled: epoch {metrics.epoch + 1}"))
         if last or state.step % recipe.log_every == 0:
@@ -251,23 +248,24 @@ class Trainer:
             self.save()
         self._tell_saved()
 
-    def _check(self, batch: Batch, result: BatchResult, grad_norm: float) -> None:
+    def _check(self, batch: Any, result: BatchResult, grad_norm: float) -> None:
         """Stop the run where monitor.py's rule says so. Nothing of this step has changed a weight yet."""
         step = self.state.step + 1
-        if not is_finite(result.loss, result.mtp_loss, result.balance_loss, grad_norm):
-            reason = f"loss {result.loss:.4g}, gradient norm {grad_norm:.4g}"
+        loss = result.values["loss"]
+        if not is_finite(*result.values.values(), grad_norm):
+            reason = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
             layer = first_non_finite(self.state.model, lambda: self._rerun(batch))
-        elif wrong := self.monitor.see(result.loss):
+        elif self.state.objective.watches_loss and (wrong := self.monitor.see(loss)):
             reason, layer = wrong, largest_gradient(self.state.model)
         else:
             return
+        kept = save_failure(self.run_dir, step, self.state.objective.tensors(batch), reason, layer)
         raise UserError(
-            f"{self.run_dir}: training failed at step {step}: {reason}; first seen in {layer}; the batch is in"
-            f" {save_failure(self.run_dir, step, batch, reason, layer)}. Begin another run with a lower schedule.lr, or"
-            " from an earlier checkpoint with --from"
+            f"{self.run_dir}: training failed at step {step}: {reason}; first seen in {layer}; the batch is in {kept}."
+            " Begin another run with a lower schedule.lr, or from an earlier checkpoint with --from"
         )
 
-    def _rerun(self, batch: Batch) -> None:
+    def _rerun(self, batch: Any) -> None:
         self.trunk = self.state.model.trunk  # uncompiled, so that hooks see every module
         self.state.optimizer.zero_grad()
         self.forward_backward(batch)
@@ -323,24 +321,17 @@ class Trainer:
         )
 
     def _recent_mean(self, key: str) -> float | None:
-        return fmean(row[key] for row in self.recent) if self.recent else None
+        values = [row[key] for row in self.recent if key in row]
+        return fmean(values) if values else None
 
 
-def _micro_batches(batch: Batch, rows: int, device: str) -> Iterator[Batch]:
-    parts = (batch.input_ids_BT, batch.labels_BT, batch.positions_BT, batch.document_ids_BT)
-    for start in range(0, parts[0].shape[0], rows):
-        yield Batch(*(part[start : start + rows].to(device) for part in parts))
-
-
-def _values(terms: LossTerms) -> Tensor:
-    return torch.stack([terms.main, terms.mtp, terms.balance]).detach().to("cpu", torch.float64)
-
-
-def _autocast(recipe: Recipe) -> Any:
-    """bf16 for the matrix products; weights, gradients, moments and losses stay fp32."""
-    if recipe.dtype != "bf16":
-        return nullcontext()
-    return torch.autocast(recipe.device.partition(":")[0], dtype=torch.bfloat16)
+def expert_row(counts: dict[int, Tensor], gate_biases: list[tuple[int, Tensor]]) -> dict[str, dict[str, list[float]]]:
+    """A line of experts.jsonl: by layer the load of each expert over an even share, and its gate bias."""
+    shares = {layer: counted.double() * (len(counted) / int(counted.sum())) for layer, counted in counts.items()}
+    return {
+        "load": {str(layer): [round(x, 3) for x in share.tolist()] for layer, share in shares.items()},
+        "bias": {str(layer): [round(x, 5) for x in bias.tolist()] for layer, bias in gate_biases},
+    }
 
 
 @contextmanager

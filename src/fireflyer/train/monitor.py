@@ -19,8 +19,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fireflyer.data.packing import Batch
-
 WINDOW = 100
 FACTOR = 1.5
 PATIENCE = 10
@@ -87,16 +85,10 @@ def largest_gradient(model: nn.Module) -> str:
     return f"the gradient of {max(norms, key=norms.__getitem__)}" if norms else "no gradient"
 
 
-def save_failure(run_dir: Path, step: int, batch: Batch, reason: str, layer: str) -> str:
+def save_failure(run_dir: Path, step: int, tensors: dict[str, Tensor], reason: str, layer: str) -> str:
     """Keep the batch of a failed step, the reason in the file's metadata. Returns where, or why it can't be kept."""
     folder = run_dir / FAILURES
     path = folder / f"step-{step:08d}.safetensors"
-    tensors = {
-        "input_ids": batch.input_ids_BT,
-        "labels": batch.labels_BT,
-        "positions": batch.positions_BT,
-        "document_ids": batch.document_ids_BT,
-    }
     metadata = {"step": str(step), "reason": reason, "layer": layer}
     try:
         folder.mkdir(exist_ok=True)

@@ -33,7 +33,7 @@ DEFAULT_VOCAB_SIZE = 4096
 """Size of the tokenizer trained on the data where neither the recipe nor a tokenizer file gives one."""
 
 LENGTHS = ("steps", "tokens", "epochs")
-MAY_CHANGE = frozenset({*LENGTHS, "checkpoint_every", "keep_checkpoints", "eval_every", "log_every"})
+MAY_CHANGE = frozenset({*LENGTHS, "checkpoint_every", "keep_checkpoints", "eval_every", "eval_samples", "log_every"})
 """Keys that a rerun of the same folder may change."""
 
 CHOICES = {"device": "auto", "dtype": "auto", "threads": 0}

@@ -133,6 +133,7 @@ class Recipe(Table):
     eval_every: Annotated[int, Field(ge=0)] = 0
     eval_data: list[str] | None = None
     eval_rows: Annotated[int, Field(ge=1)] = 64
+    eval_samples: Annotated[int, Field(ge=0)] = 2
     log_every: Annotated[int, Field(ge=1)] = 1
     device: Annotated[str, PlainValidator(_device)] = "auto"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"

@@ -1,6 +1,6 @@
 """From a recipe and a folder to everything a run needs. All that can be wrong with what the user gave is found here.
 
-In: a Recipe, the run's folder. Out: first `Inputs` (data and tokenizer, read and checked, with nothing written), then,
+In: a Recipe, the run's folder. Out: first `Inputs` (what it learns from, read and checked, with nothing written), then,
 under the run's lock, the folder and a `RunState`: new, from another checkpoint, or as the newest good one left it.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,9 @@ from fireflyer.errors import UserError
 from fireflyer.model.decoder import Decoder, init_weights_
 from fireflyer.text.tokenizer import Tokenizer
 from fireflyer.train.events import Event, Notice
+from fireflyer.train.objective import Objective
 from fireflyer.train.optimizer import DecoderOptimizer, build_optimizer
+from fireflyer.train.pretraining import Pretraining
 from fireflyer.train.recipe import read_recipe, recipe_differences, take_stored_choices, to_toml, with_epoch_tokens
 from fireflyer.train.schedule import batch_size_at
 from fireflyer.train.settings import Recipe
@@ -39,12 +42,18 @@ _TOKENIZER_SETTINGS = "tokenizer_config.json"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads. `recipe` has every open choice made: device, dtype, threads, length in tokens."""
+    """What a run reads. `recipe` has every open choice made: device, dtype, threads, length in tokens.
+
+    objective: what it learns from, around the model that is to learn it.
+    """
 
     recipe: Recipe
     tokenizer: Tokenizer
-    mixture: Mixture
-    held_out: HeldOutRows | None
+    objective: Callable[[Decoder], Objective[Any]]
+
+
+InputsOpener = Callable[[Recipe, Path, Recipe | None, Callable[[Event], None]], Inputs]
+"""Reads and checks all that a run reads, as `open_inputs` does for pretraining."""
 
 
 @dataclass
@@ -53,7 +62,7 @@ class RunState:
 
     model: Decoder
     optimizer: DecoderOptimizer
-    loader: Loader
+    objective: Objective[Any]
     average: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
     tokens: int = 0
@@ -82,7 +91,10 @@ def check_folder(recipe: Recipe, run_dir: Path) -> Recipe | None:
 
 
 def open_inputs(recipe: Recipe, run_dir: Path, stored: Recipe | None, on_event: Callable[[Event], None]) -> Inputs:
-    """Read and check data and tokenizer, and make the recipe's open choices. Writes nothing. Raises UserError."""
+    """Pretraining's data and tokenizer, read and checked, and the recipe's open choices made. Writes nothing.
+
+    Raises UserError.
+    """
     recipe = choose(recipe if stored is None else take_stored_choices(recipe, stored))
     data = recipe.data
     mixture = open_sources(
@@ -98,7 +110,12 @@ def open_inputs(recipe: Recipe, run_dir: Path, stored: Recipe | None, on_event: 
     check_enough_data(mixture, tokenizer, batch_size=batch_size_at(recipe, 0), seq_len=recipe.seq_len)
     if recipe.init_from is not None and stored is None:
         _check_same_shape(recipe.init_from, open_checkpoint(recipe.init_from).config, recipe.model)
-    return Inputs(recipe, tokenizer, mixture, _open_held_out(recipe, mixture, tokenizer))
+    held_out = _open_held_out(recipe, mixture, tokenizer)
+
+    def objective(model: Decoder) -> Pretraining:
+        return Pretraining(recipe, model, tokenizer, _open_loader(recipe, mixture, tokenizer), held_out)
+
+    return Inputs(recipe, tokenizer, objective)
 
 
 def choose(recipe: Recipe) -> Recipe:
@@ -164,12 +181,12 @@ def open_state(inputs: Inputs, run_dir: Path, on_event: Callable[[Event], None])
         model = load_model(found.path, dtype=torch.float32, device=recipe.device)
     else:
         model = _first_model(recipe, inputs.tokenizer)
-    state = RunState(model, build_optimizer(model, recipe), _open_loader(inputs))
+    state = RunState(model, build_optimizer(model, recipe), inputs.objective(model))
     if found.path is not None:
         for line in found.damaged:
             on_event(Notice(f"passed over a damaged checkpoint: {line}"))
         stored = restore(found.path, model, state.optimizer, state.average)
-        state.loader.load_state_dict(stored["data"])
+        state.objective.load_state_dict(stored["data"])
         state.step, state.tokens, state.train_s = stored["step"], stored["tokens"], stored["train_s"]
         discard_newer(run_dir, state.step)
     return state
@@ -213,11 +230,10 @@ def _open_held_out(recipe: Recipe, mixture: Mixture, tokenizer: Tokenizer) -> He
     )
 
 
-def _open_loader(inputs: Inputs) -> Loader:
-    recipe = inputs.recipe
+def _open_loader(recipe: Recipe, mixture: Mixture, tokenizer: Tokenizer) -> Loader:
     return Loader(
-        inputs.mixture,
-        inputs.tokenizer,
+        mixture,
+        tokenizer,
         seq_len=recipe.seq_len,
         seed=recipe.seed,
         fim_rate=recipe.data.fim_rate,

@@ -1,0 +1,136 @@
+"""Pretraining as an objective: packed rows of text, next-token and MTP cross entropy, the sequence-wise balance loss.
+
+Held-out rows are scored in nats and in bits a byte; how often the MTP module says what the model says next is measured
+on the first of them, and the model goes on with the beginnings of a few, for people to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from fireflyer.data.held_out import HeldOutRows
+from fireflyer.data.loader import Loader
+from fireflyer.data.packing import NO_LABEL, Batch
+from fireflyer.evaluate.likelihood import held_out_likelihood
+from fireflyer.evaluate.speculation import draft_agreement
+from fireflyer.infer.llm import LLM
+from fireflyer.infer.options import EngineOptions
+from fireflyer.infer.sampling_params import SamplingParams
+from fireflyer.model.decoder import Decoder
+from fireflyer.text.tokenizer import Tokenizer
+from fireflyer.train.losses import count_valid, training_losses
+from fireflyer.train.objective import Evaluation, Part, Trunk
+from fireflyer.train.precision import autocast
+from fireflyer.train.schedule import mtp_weight
+from fireflyer.train.settings import Recipe
+
+_BEGINNING_TOKENS, _SAMPLE_TOKENS = 24, 64
+
+
+class Pretraining:
+    """An `Objective` over a `Loader`'s batches."""
+
+    watches_loss = True
+
+    def __init__(
+        self, recipe: Recipe, model: Decoder, tokenizer: Tokenizer, loader: Loader, held_out: HeldOutRows | None
+    ) -> None:
+        self._recipe, self._model, self._tokenizer = recipe, model, tokenizer
+        self.loader = loader
+        self.held_out = held_out
+
+    @property
+    def epoch(self) -> int:
+        return self.loader.epoch
+
+    def next_batch(self, batch_size: int) -> Batch:
+        return self.loader.next_batch(batch_size)
+
+    def size(self, batch: Batch) -> tuple[int, int]:
+        return batch.input_ids_BT.shape[0], batch.input_ids_BT.numel()
+
+    def parts(self, batch: Batch, trunk: Trunk, tokens: int) -> Iterator[Part]:
+        recipe, model = self._recipe, self._model
+        rows, valid = batch.input_ids_BT.shape[0], count_valid(batch.labels_BT)
+        weight, alpha = mtp_weight(recipe, tokens), recipe.balance.sequence_alpha
+        for micro in _micro_batches(batch, recipe.parallel.micro_batch_size or rows, recipe.device):
+            documents = micro.document_ids_BT if recipe.data.mask_documents else None
+            with autocast(recipe):
+                out = trunk(
+                    micro.input_ids_BT,
+                    positions=micro.positions_BT,
+                    document_ids=documents,
+                    recompute=recipe.parallel.recompute,
+                )
+                terms = training_losses(
+                    out,
+                    model.head_weight,
+                    micro.labels_BT,
+                    documents,
+                    num_experts_per_tok=model.config.num_experts_per_tok,
+                    valid_in_batch=valid,
+                    rows_in_batch=rows,
+                )
+            values = {"loss": terms.main, "mtp_loss": terms.mtp, "balance_loss": terms.balance}
+            yield Part(terms.total(weight, alpha), values, out.routing)
+
+    def metrics(self, batch: Batch, sums: dict[str, float]) -> dict[str, float]:
+        return sums
+
+    def tensors(self, batch: Batch) -> dict[str, Tensor]:
+        return {
+            "input_ids": batch.input_ids_BT,
+            "labels": batch.labels_BT,
+            "positions": batch.positions_BT,
+            "document_ids": batch.document_ids_BT,
+        }
+
+    def evaluate(self) -> Evaluation | None:
+        if self.held_out is None:
+            return None
+        mask_documents = self._recipe.data.mask_documents
+        with autocast(self._recipe):
+            scored = held_out_likelihood(self._model, self.held_out, mask_documents=mask_documents)
+            agreement = draft_agreement(self._model, self.held_out.batches[0], mask_documents=mask_documents)
+        values = {"eval_loss": scored.loss, "bits_per_byte": scored.bits_per_byte}
+        if agreement is not None:
+            values["mtp_acceptance"] = agreement
+        return Evaluation(values, self._samples())
+
+    def _samples(self) -> list[dict[str, Any]]:
+        """What the model makes of the beginnings of the first held-out rows: of a problem its answer."""
+        if self.held_out is None or not self._recipe.eval_samples:
+            return []
+        batch = self.held_out.batches[0]
+        rows = range(min(self._recipe.eval_samples, batch.input_ids_BT.shape[0]))
+        prompts = [beginning(batch.input_ids_BT[row], batch.labels_BT[row]) for row in rows]
+        longest = max(map(len, prompts)) + _SAMPLE_TOKENS
+        limit = min(longest, self._model.config.max_position_embeddings)
+        llm = LLM.from_model(
+            self._model, self._tokenizer, options=EngineOptions(max_length=limit, max_num_seqs=len(prompts))
+        )
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=_SAMPLE_TOKENS, temperature=0))
+        texts = [self._tokenizer.decode(prompt, skip_special=True) for prompt in prompts]
+        return [{"prompt": text, "text": output.outputs[0].text} for text, output in zip(texts, outputs, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state)
+
+
+def beginning(input_ids_T: Tensor, labels_T: Tensor) -> list[int]:
+    """What a row begins with: all before the first token that is trained on, or else its first few tokens."""
+    valid = (labels_T != NO_LABEL).nonzero()
+    first = int(valid[0]) + 1 if len(valid) else 1
+    return input_ids_T[: first if first > 1 else min(_BEGINNING_TOKENS, len(input_ids_T) // 2)].tolist()
+
+
+def _micro_batches(batch: Batch, rows: int, device: str) -> Iterator[Batch]:
+    parts = (batch.input_ids_BT, batch.labels_BT, batch.positions_BT, batch.document_ids_BT)
+    for start in range(0, parts[0].shape[0], rows):
+        yield Batch(*(part[start : start + rows].to(device) for part in parts))
