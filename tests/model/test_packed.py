@@ -144,7 +144,13 @@ def test_experts_come_from_a_store_where_there_is_one(tiny):
     kept, asked = experts.packed, []
 
     class Store:
+        at_once = 3
+
+        def in_order(self, wanted):
+            return sorted(wanted, reverse=True)
+
         def take(self, wanted):
+            assert len(wanted) <= self.at_once
             asked.extend(wanted)
             return [kept[expert] for expert in wanted]
 

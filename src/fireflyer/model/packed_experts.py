@@ -20,6 +20,7 @@ from fireflyer.model.routing import expert_counts
 from fireflyer.model.row_tiles import RowTiles
 from fireflyer.numerics.integer import Kind, expert_shapes
 from fireflyer.numerics.linear import packed_linear
+from fireflyer.numerics.native.library import ExpertTable, Library, library
 
 
 class ExpertBytes(Protocol):
@@ -54,10 +55,35 @@ class PackedExperts(nn.Module):
         num_bytes = sum(shape.num_bytes for shape in self.shapes)
         self.register_buffer("packed", torch.empty(config.n_routed_experts, num_bytes, dtype=torch.uint8))
         self.store: ExpertBytes | None = None
+        self._table: ExpertTable | None = None
 
     def take(self, experts: Sequence[int]) -> list[Tensor]:
         """Each expert's bytes."""
         return [self.packed[expert] for expert in experts] if self.store is None else self.store.take(experts)
+
+    def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, tiles: RowTiles | None = None) -> Tensor:
+        kernels = library()
+        if kernels is None:
+            return self._one_by_one(x_ND, indices_NK, weights_NK, tiles is not None)
+        indices_NK, weights_NK = indices_NK.contiguous(), weights_NK.float().contiguous()
+        if self.store is not None:
+            return self._from_store(kernels, self.store, x_ND, indices_NK, weights_NK)
+        if self._table is None or self._table.memory[0] is not self.packed:
+            self._table = ExpertTable.stacked(self.packed, self.shapes)
+        return kernels.experts(self._table, x_ND, indices_NK, weights_NK)
+
+    def _from_store(
+        self, kernels: Library, store: ExpertBytes, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor
+    ) -> Tensor:
+        """As many experts at a time as the store can hold: the same numbers, whatever it holds."""
+        rows_MD = x_ND.new_empty(indices_NK.numel(), x_ND.shape[1])
+        order = store.in_order(indices_NK.unique().tolist())
+        table = ExpertTable.some(self.packed.shape[0], {}, self.shapes)
+        for start in range(0, len(order), store.at_once):
+            some = order[start : start + store.at_once]
+            blocks = dict(zip(some, store.take(some), strict=True))
+            kernels.fill_rows(ExpertTable.some(self.packed.shape[0], blocks, self.shapes), x_ND, indices_NK, rows_MD)
+        return kernels.sum_rows(table, rows_MD, indices_NK, weights_NK)
 
     def _one(self, x_XD: Tensor, expert: int, exact: bool) -> Tensor:
         """One expert over its rows."""
@@ -66,7 +92,8 @@ class PackedExperts(nn.Module):
         both = torch.cat((packed_linear(x_XD, *gate), packed_linear(x_XD, *up)), dim=-1)
         return packed_linear(exact_swiglu(both) if exact else swiglu(both), *down)
 
-    def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, tiles: RowTiles | None = None) -> Tensor:
+    def _one_by_one(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor, exact: bool) -> Tensor:
+        """The whole in torch."""
         order_M = indices_NK.flatten().argsort(stable=True)
         rows_MD = x_ND[order_M // indices_NK.shape[1]]
         y_MD = torch.empty_like(rows_MD)
@@ -75,7 +102,7 @@ class PackedExperts(nn.Module):
             e: slice(start, end) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start
         }
         for expert in rows if self.store is None else self.store.in_order(list(rows)):
-            y_MD[rows[expert]] = self._one(rows_MD[rows[expert]], expert, tiles is not None)
+            y_MD[rows[expert]] = self._one(rows_MD[rows[expert]], expert, exact)
         place_M = torch.empty_like(order_M)
         place_M[order_M] = torch.arange(order_M.numel())
         return weighted_sum(y_MD[place_M].unflatten(0, indices_NK.shape), weights_NK)

@@ -116,9 +116,9 @@ class ExpertTable:
     @classmethod
     def some(cls, num_experts: int, blocks: Mapping[int, Tensor], shapes: ExpertShapes) -> ExpertTable:
         """These experts alone, each with its block of bytes, as `pack_expert` made it."""
-        starts = torch.tensor([block.data_ptr() for block in blocks.values()])
+        starts = torch.tensor([block.data_ptr() for block in blocks.values()], dtype=torch.int64)
         addresses = torch.zeros(num_experts, 3, dtype=torch.int64)
-        addresses[torch.tensor(list(blocks))] = starts[:, None] + _parts_at(shapes)
+        addresses[torch.tensor(list(blocks), dtype=torch.int64)] = starts[:, None] + _parts_at(shapes)
         return cls(addresses, *_experts_shape(shapes), list(blocks.values()))
 
     @classmethod
