@@ -1,9 +1,9 @@
 """More experts than memory: all of them in their files, as many in memory as a limit allows.
 
 In: where each layer's experts lie, and a number of bytes. Out: an expert's bytes when a layer asks for it, read now
-unless they are still there. What is given up for a new one is the expert that was used least of late, over all layers:
-plain recency would keep nothing, since every token goes through all layers in turn and comes back to a layer only when
-its experts are long gone.
+unless they are still there. What is given up for a new one is the expert that was used least of late, over all layers,
+the new one among them: plain recency would keep nothing, since every token goes through all layers in turn and comes
+back to a layer only when its experts are long gone.
 
 Reading goes past the page map into memory of the store's own, so its limit is true: what the system caches of the files
 beside it is free memory to everybody else.
@@ -23,7 +23,7 @@ from fireflyer.errors import UserError
 
 _ALIGNMENT = 4096
 _HALF_LIFE = 64
-"""Calls of a layer after which a use counts half: one a token while one answer is written."""
+"""Rounds through the layers after which a use counts half; one a step of the engine."""
 _LARGEST = 1e100
 
 
@@ -68,7 +68,8 @@ class ExpertStore:
         self._heat = np.zeros((len(layers), most))
         self._slot_heat = np.full(self.capacity, -1.0)  # empty slots are the coldest
         self._use = 1.0
-        self._growth = 2.0 ** (1 / (_HALF_LIFE * len(layers)))
+        self._used: set[tuple[int, int]] = set()  # in this round, by none of which it is judged yet
+        self._last_layer = -1
 
     @property
     def resident_bytes(self) -> int:
@@ -81,22 +82,23 @@ class ExpertStore:
     def take(self, layer: int, experts: Sequence[int]) -> list[Tensor]:
         """Each expert's bytes, (num_bytes,) uint8, which stay in place until the next call. At most `capacity`."""
         assert len(experts) <= self.capacity
-        self._cool()
         keys = [(layer, expert) for expert in experts]
-        slots = [self._slot_of.get(key) for key in keys]
-        wanted = {slot for slot in slots if slot is not None}
-        for i, key in enumerate(keys):
-            self._heat[key] += self._use
-            slot = self._slot_of.get(key)  # again: an expert may be named twice
+        if layer < self._last_layer or not self._used.isdisjoint(keys):
+            self._next_round()
+        self._last_layer = layer
+        self._used.update(keys)
+        wanted = {self._slot_of[key] for key in keys if key in self._slot_of}
+        slots = []
+        for key in keys:
+            slot = self._slot_of.get(key)
             if slot is None:
                 self.misses += 1
                 slot = self._read(key, wanted)
                 wanted.add(slot)
             else:
                 self.hits += 1
-            slots[i] = slot
-            self._slot_heat[slot] = self._heat[key]
-        return [self._slots[slot] for slot in slots if slot is not None]
+            slots.append(slot)
+        return [self._slots[slot] for slot in slots]
 
     def _read(self, key: tuple[int, int], wanted: set[int]) -> int:
         """Put an expert in place of the coldest that isn't wanted; its slot."""
@@ -110,17 +112,23 @@ class ExpertStore:
         # Nobody's while it is read: should that fail, nothing half-read is ever handed out.
         self._held_by[slot], self._slot_heat[slot] = None, -1.0
         self._layers[key[0]].read(key[1], self._slots[slot])
-        self._held_by[slot] = key
+        self._held_by[slot], self._slot_heat[slot] = key, self._heat[key]
         self._slot_of[key] = slot
         return slot
 
-    def _cool(self) -> None:
-        """Every use counts more than the one before, which is as if all older ones faded."""
-        self._use *= self._growth
+    def _next_round(self) -> None:
+        """The layers begin anew: what was used since they last did becomes hotter, together, so that within a round
+        the experts of layers to come don't look older than those just seen. Each round's uses count more than the
+        last's, which is as if all older ones faded."""
+        self._use *= 2.0 ** (1 / _HALF_LIFE)
+        for key in self._used:
+            self._heat[key] += self._use
+            if (slot := self._slot_of.get(key)) is not None:
+                self._slot_heat[slot] = self._heat[key]
+        self._used.clear()
         if self._use > _LARGEST:
             self._heat /= self._use
-            filled = self._slot_heat >= 0
-            self._slot_heat[filled] /= self._use
+            self._slot_heat[self._slot_heat > 0] /= self._use
             self._use = 1.0
 
     def is_resident(self, layer: int, expert: int) -> bool:
