@@ -16,7 +16,7 @@ import ctypes
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -153,6 +153,7 @@ class Library:
         loaded.ff_linear.restype = None
         for function in (loaded.ff_experts, loaded.ff_experts_sum):
             function.argtypes, function.restype = [POINTER(ExpertsCall), c_int], None
+        loaded.ff_read.argtypes, loaded.ff_read.restype = [c_void_p, c_int64, c_int], c_uint64
         self.shares_torch_threads = bool(loaded.ff_find_pool())
 
     @property
@@ -176,6 +177,10 @@ class Library:
             weight, x.data_ptr(), x.stride(0), x.shape[0], y.data_ptr(), weight.rows, torch.get_num_threads()
         )
         return y
+
+    def read(self, memory: Tensor) -> int:
+        """Reads a contiguous tensor and does no more: what it takes is what the machine's memory allows."""
+        return self.raw.ff_read(memory.data_ptr(), memory.nbytes, torch.get_num_threads())
 
     def experts(self, table: ExpertTable, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """y[n] = Σ_k weights[n, k] · expert indices[n, k] (x[n]): (N, hidden) fp32. The table has every chosen expert.
