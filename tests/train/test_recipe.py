@@ -247,7 +247,8 @@ def test_every_figure_of_the_report_is_a_key_of_the_preset() -> None:
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.toml")))
 def test_every_preset_survives_toml(preset: str, tmp_path: Path) -> None:
-    recipe = load_recipe(preset)
+    whole = "[model]" in (PRESETS / f"{preset}.toml").read_text()
+    recipe = load_recipe(None if whole else "spark", base=preset)  # those of post-training have no model
     (tmp_path / "recipe.toml").write_text(to_toml(recipe))
     assert read_recipe(tmp_path / "recipe.toml") == recipe
 

@@ -67,12 +67,12 @@ def run(args: argparse.Namespace) -> int:
 def untaught(tokenizer: Tokenizer) -> str | None:
     """What to tell the user of a model that was never taught to chat, or None.
 
-    Every tokenizer trained here ships the template that post-training will use, so having it proves nothing; a template
-    of the checkpoint's own makers does.
+    Every tokenizer trained here ships the template that post-training will use, so having it proves nothing; the mark
+    that post-training leaves does, and so does a template of the checkpoint's own makers.
     """
     from fireflyer.text.templates import CHAT_TEMPLATE
 
-    if tokenizer.chat_template not in (None, CHAT_TEMPLATE):
+    if tokenizer.taught_chat or tokenizer.chat_template not in (None, CHAT_TEMPLATE):
         return None
     return "this model was only pretrained, never taught to chat: it goes on with your text rather than answers it"
 

@@ -16,12 +16,13 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from fireflyer import __version__
-from fireflyer.cli import bench, chat, demo, export, fleet, generate, inspect, plan, pretrain, report, serve
+from fireflyer.cli import bench, chat, demo, export, fleet, generate, inspect, plan, pretrain, report, serve, sft
 from fireflyer.errors import Stopped, UserError
 
 VERBS = {
     "demo": demo,
     "pretrain": pretrain,
+    "sft": sft,
     "export": export,
     "generate": generate,
     "chat": chat,

@@ -107,7 +107,7 @@ def _breaker(tokens: Sequence[str], mark: str) -> Callable[[Any], Any]:
 
 def _said(message: Message, role: str, where: str, dialect: Dialect) -> dict[str, Any]:
     """Content and calls of one message."""
-    content = _text(message.get("content"), where)
+    content = message_text(message.get("content"), where)
     calls = message.get("tool_calls") or []
     if content is None and role != "assistant":
         raise UserError(f"{where} has no content")
@@ -117,8 +117,8 @@ def _said(message: Message, role: str, where: str, dialect: Dialect) -> dict[str
     return {"content": content or (dialect.no_content if calls else ""), "tool_calls": calls}
 
 
-def _text(content: Any, where: str) -> str | None:
-    """One text of a content that may be a list of parts."""
+def message_text(content: Any, where: str) -> str | None:
+    """One text of a content that may be a list of parts. Raises UserError."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, (list, tuple)):

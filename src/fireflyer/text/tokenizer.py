@@ -41,13 +41,17 @@ _BEGIN_NAMES = (BEGIN, "[BOS]", "<s>", "<|begin_of_text|>", "<bos>")
 _END_NAMES = (END, "[EOS]", "</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
 _PAD_NAMES = (PAD, "[PAD]", "<pad>", "<|pad|>")
 
+# In tokenizer_config.json: the model was post-trained on chats (SFT, DPO). Having a chat template proves nothing, since
+# every tokenizer trained here ships one.
+_TAUGHT = "taught_chat"
+
 
 class Tokenizer:
     """One vocabulary, its special tokens and its chat template. Build it with from_file or train.
 
     Attributes: bos_id, eos_id (int), pad_id (int, or None where the vocabulary has no token to spare: never equal to
     eos_id, or the stop token would be masked out of every loss), chat_template (jinja2 text or None), vocab_size (the
-    highest id + 1, added tokens counted).
+    highest id + 1, added tokens counted), taught_chat (whether the model was post-trained on chats here).
     """
 
     def __init__(self, tokenizer_json: str, settings: Mapping[str, Any], source: str) -> None:
@@ -80,6 +84,7 @@ class Tokenizer:
         self.chat_template = _chat_template(settings) or (
             CHAT_TEMPLATE if {BEGIN, END, USER, ASSISTANT} <= self._ids.keys() else None
         )
+        self.taught_chat = settings.get(_TAUGHT) is True
         self._settings = dict(settings)
 
     @property
@@ -142,8 +147,17 @@ class Tokenizer:
             token["special"] = token["content"] in HIDDEN
         return cls(json.dumps(parsed, ensure_ascii=False, indent=2), {}, "the tokenizer trained here")
 
+    def of_taught_model(self) -> "Tokenizer":
+        """The same, marked as that of a model which was taught to chat; the mark is saved with it."""
+        return Tokenizer(self._json, {**self._all_settings(), _TAUGHT: True}, self._source)
+
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json (as it was read) and tokenizer_config.json into an existing folder."""
+        config = json.dumps(self._all_settings(), ensure_ascii=False, indent=2) + "\n"
+        for name, text in (("tokenizer.json", self._json), ("tokenizer_config.json", config)):
+            (Path(folder) / name).write_bytes(text.encode("utf-8"))
+
+    def _all_settings(self) -> dict[str, Any]:
         settings = self._settings or {
             # The class that takes tokenizer.json as it is, known to transformers 4 and 5 alike.
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -154,9 +168,7 @@ class Tokenizer:
         }
         if self.chat_template is not None and "chat_template" not in settings:
             settings = {**settings, "chat_template": self.chat_template}
-        config = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
-        for name, text in (("tokenizer.json", self._json), ("tokenizer_config.json", config)):
-            (Path(folder) / name).write_bytes(text.encode("utf-8"))
+        return settings
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
         """The ids of a text. The names of special tokens inside it are plain text unless allow_special is set."""
@@ -200,13 +212,23 @@ class Tokenizer:
         message, the assistant's, so that the answer goes on with it (add_generation_prompt has then no say).
         Raises UserError, which names the message.
         """
-        ends = [self.token_text(i) for i in {self.bos_id, self.eos_id, self.pad_id} - {None}]
-        shielded, shielded_tools, mark = shield(messages, tools or (), self._ids, ends)
+        shielded, shielded_tools, mark = self.shield_chat(messages, tools)
         text = self.render_chat(shielded, add_generation_prompt, shielded_tools, variables, continue_final_message)
-        ids = self._encode_marked(text, mark)
+        return self.encode_pieces([text], mark)[0]
+
+    def shield_chat(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None
+    ) -> tuple[list[Any], list[Any], str]:
+        """Messages and tools with this vocabulary's control tokens broken by a mark, and the mark; see `shield`."""
+        ends = [self.token_text(i) for i in {self.bos_id, self.eos_id, self.pad_id} - {None}]
+        return shield(messages, tools or (), self._ids, ends)
+
+    def encode_pieces(self, pieces: Sequence[str], mark: str) -> list[list[int]]:
+        """The ids of a shielded chat's rendering, each piece of it by itself; one begin token, the first of all."""
+        encoded = [self._encode_marked(piece, mark) for piece in pieces]
         if self.bos_id != self.eos_id:  # a template may write begin tokens where it likes
-            ids = [token_id for token_id in ids if token_id != self.bos_id]
-        return self._with_one_begin(ids)
+            encoded = [[token_id for token_id in ids if token_id != self.bos_id] for ids in encoded]
+        return [self._with_one_begin(encoded[0]), *encoded[1:]]
 
     def render_chat(
         self,

@@ -7,12 +7,12 @@ on the first of them, and the model goes on with the beginnings of a few, for pe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from fireflyer.data.held_out import HeldOutRows
-from fireflyer.data.loader import Loader
 from fireflyer.data.packing import NO_LABEL, Batch
 from fireflyer.evaluate.likelihood import held_out_likelihood
 from fireflyer.evaluate.speculation import draft_agreement
@@ -20,6 +20,7 @@ from fireflyer.infer.llm import LLM
 from fireflyer.infer.options import EngineOptions
 from fireflyer.infer.sampling_params import SamplingParams
 from fireflyer.model.decoder import Decoder
+from fireflyer.model.experts import Routing
 from fireflyer.text.tokenizer import Tokenizer
 from fireflyer.train.losses import count_valid, training_losses
 from fireflyer.train.objective import Evaluation, Part, Trunk
@@ -30,13 +31,26 @@ from fireflyer.train.settings import Recipe
 _BEGINNING_TOKENS, _SAMPLE_TOKENS = 24, 64
 
 
+class BatchSource(Protocol):
+    """Rows of text, as `data.loader.Loader` gives them; of chats, as `data.chats.ChatLoader`."""
+
+    @property
+    def epoch(self) -> int: ...
+
+    def next_batch(self, batch_size: int) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class Pretraining:
-    """An `Objective` over a `Loader`'s batches."""
+    """An `Objective` over a source's batches."""
 
     watches_loss = True
 
     def __init__(
-        self, recipe: Recipe, model: Decoder, tokenizer: Tokenizer, loader: Loader, held_out: HeldOutRows | None
+        self, recipe: Recipe, model: Decoder, tokenizer: Tokenizer, loader: BatchSource, held_out: HeldOutRows | None
     ) -> None:
         self._recipe, self._model, self._tokenizer = recipe, model, tokenizer
         self.loader = loader
@@ -75,7 +89,7 @@ class Pretraining:
                     rows_in_batch=rows,
                 )
             values = {"loss": terms.main, "mtp_loss": terms.mtp, "balance_loss": terms.balance}
-            yield Part(terms.total(weight, alpha), values, out.routing)
+            yield Part(terms.total(weight, alpha), values, without_padding(out.routing, documents))
 
     def metrics(self, batch: Batch, sums: dict[str, float]) -> dict[str, float]:
         return sums
@@ -121,6 +135,17 @@ class Pretraining:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loader.load_state_dict(state)
+
+
+def without_padding(routing: list[Routing], document_ids_BT: Tensor | None) -> list[Routing]:
+    """The routing of what is text: the experts that padding chose are no load to be balanced."""
+    if document_ids_BT is None or not bool((document_ids_BT < 0).any()):
+        return routing
+    text = [(document_ids_BT[:, : layer.shape_BT[1]] >= 0).flatten() for layer in routing]
+    return [
+        replace(layer, indices_NK=layer.indices_NK[rows], scores_NE=layer.scores_NE[rows])
+        for layer, rows in zip(routing, text, strict=True)
+    ]
 
 
 def beginning(input_ids_T: Tensor, labels_T: Tensor) -> list[int]:

@@ -62,6 +62,7 @@ def load_recipe(
     init_from: str | None = None,
     encoding_errors: str | None = None,
     size: str | None = None,
+    base: str | None = None,
 ) -> Recipe:
     """The recipe of a command. Raises UserError with the key, the value, where it came from and how to mend it.
 
@@ -73,8 +74,11 @@ def load_recipe(
         init_from: a checkpoint to go on from: its model replaces the recipe's, its tokenizer is the default.
         size: total parameters ("10M"), from which model, learning rate, batch and tokens follow (see size.py); not
             with init_from.
+        base: a preset that lies below all of it, as sft for fine-tuning.
     """
-    layers = [_layer_of(config)] if config is not None or init_from is None else []
+    layers = [_layer_of(base)] if base is not None else []
+    if config is not None or (init_from is None and base is None):
+        layers.append(_layer_of(config))
     options = {
         "data.sources": (list(sources) if sources else None, "--data"),
         "data.tokenizer": (tokenizer, "--tokenizer"),
