@@ -44,6 +44,8 @@ OTHERWISE_TESTED = {
     | {"eval_data", "eval_rows", "eval_samples", "log_every", "device", "compile", "threads", "init_from"},
     "what is read": {"data.sources", "data.tokenizer", "data.encoding_errors", "data.text_column"},
     "no effect on the weights": {"ema.decay", "parallel.micro_batch_size", "parallel.recompute"},
+    "post-training": {"lora.rank", "lora.alpha", "lora.targets", "lora.experts"}
+    | {"dpo.beta", "dpo.label_smoothing", "dpo.normalize_length"},
     "only with others": {"optimizer.muon_momentum", "schedule.final", "schedule.batch_start"}
     | {"schedule.batch_ramp_tokens", "schedule.batch_multiple"},
 }
@@ -98,4 +100,4 @@ def test_every_key_is_here():
     assert keys - listed == set()
 
 
-_TABLES = ("data", "optimizer", "schedule", "balance", "mtp", "ema", "parallel")
+_TABLES = ("data", "optimizer", "schedule", "balance", "mtp", "ema", "parallel", "lora", "dpo")

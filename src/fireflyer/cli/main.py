@@ -16,13 +16,30 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from fireflyer import __version__
-from fireflyer.cli import bench, chat, demo, export, fleet, generate, inspect, plan, pretrain, report, serve, sft
+from fireflyer.cli import (
+    bench,
+    chat,
+    demo,
+    dpo,
+    export,
+    fleet,
+    generate,
+    grpo,
+    inspect,
+    plan,
+    pretrain,
+    report,
+    serve,
+    sft,
+)
 from fireflyer.errors import Stopped, UserError
 
 VERBS = {
     "demo": demo,
     "pretrain": pretrain,
     "sft": sft,
+    "grpo": grpo,
+    "dpo": dpo,
     "export": export,
     "generate": generate,
     "chat": chat,

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -151,8 +152,10 @@ def known_keys() -> list[str]:
 def _table_keys(table: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in table.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Table):
-            yield from _table_keys(field.annotation, f"{prefix}{name}.")
+        may_be_absent = get_origin(field.annotation) is UnionType
+        for kind in get_args(field.annotation) if may_be_absent else [field.annotation]:
+            if isinstance(kind, type) and issubclass(kind, Table):
+                yield from _table_keys(kind, f"{prefix}{name}.")
 
 
 # --- Where settings come from
@@ -332,8 +335,12 @@ def _check_known(values: dict[str, Any], label: str, labels: dict[str, str] | No
 
 
 def _nearest_key(key: str, known: Iterable[str]) -> str | None:
-    """A key of that very name in another table, or else the nearest."""
-    name = key.rpartition(".")[2]
+    """A key of nearly that name in the table, one of that very name in another, or else the nearest."""
+    known = sorted(known)
+    table, _, name = key.rpartition(".")
+    inside = [other.rpartition(".")[2] for other in known if table and other.rpartition(".")[0] == table]
+    if near := nearest(name, inside):
+        return f"{table}.{near}"
     elsewhere = [other for other in sorted(known) if other.rpartition(".")[2] == name]
     return elsewhere[0] if elsewhere else nearest(key, sorted(known))
 

@@ -119,6 +119,36 @@ class ParallelSettings(Table):
     recompute: bool = False
 
 
+class LoraSettings(Table):
+    """[lora]: train low-rank adapters beside frozen weights: W + alpha / rank · B A.
+
+    targets: projections by their published names. experts: whether the routed experts' are among them.
+    """
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Positive = 32.0
+    targets: list[str] = [
+        "q_proj",
+        "q_a_proj",
+        "q_b_proj",
+        "kv_a_proj_with_mqa",
+        "kv_b_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+    experts: bool = True
+
+
+class DpoSettings(Table):
+    """[dpo]: β, the share of pairs taken to be the wrong way round, and whether an answer counts by its mean token."""
+
+    beta: Positive = 0.1
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    normalize_length: bool = False
+
+
 class Recipe(Table):
     """Everything that decides a run. Of `steps`, `tokens` and `epochs` the first one given holds."""
 
@@ -148,6 +178,8 @@ class Recipe(Table):
     mtp: MtpSettings = MtpSettings()
     ema: EmaSettings = EmaSettings()
     parallel: ParallelSettings = ParallelSettings()
+    lora: LoraSettings | None = None
+    dpo: DpoSettings | None = None
 
     @property
     def batch_ramp(self) -> BatchRamp:
@@ -180,6 +212,7 @@ class Recipe(Table):
         _check_batches(self)
         _check_sequences(self)
         _check_schedule(self)
+        _check_lora(self)
         return self
 
 
@@ -229,6 +262,24 @@ def _check_sequences(recipe: Recipe) -> None:
     if recipe.eval_every and recipe.eval_data is None and recipe.data.held_out == 0:
         text = "eval_every needs held-out text: set data.held_out above 0, or eval_data, or eval_every = 0"
         raise SettingError("eval_every", text)
+
+
+def _check_lora(recipe: Recipe) -> None:
+    if recipe.lora is None:
+        return
+    known = LoraSettings().targets
+    for target in recipe.lora.targets:
+        if target not in known:
+            text = f"lora.targets has {target!r}; what can be adapted is {', '.join(known)}"
+            raise SettingError("lora.targets", text)
+    if not recipe.lora.targets or ("gate_proj" in recipe.lora.targets) != ("up_proj" in recipe.lora.targets):
+        text = "lora.targets needs one projection at least, and gate_proj and up_proj together: the two are one matrix"
+        raise SettingError("lora.targets", text)
+    if recipe.balance.bias_speed:
+        text = f"balance.bias_speed = {recipe.balance.bias_speed:g} moves gate biases, which adapters leave as they are"
+        raise SettingError("balance.bias_speed", text + "; set it to 0")
+    if recipe.ema.decay:
+        raise SettingError("ema.decay", f"ema.decay = {recipe.ema.decay:g} isn't kept for adapters; leave it out")
 
 
 def _check_schedule(recipe: Recipe) -> None:

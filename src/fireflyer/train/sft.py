@@ -45,8 +45,10 @@ def open_chats(recipe: Recipe, run_dir: Path, stored: Recipe | None, on_event: C
     return Inputs(recipe, tokenizer, objective)
 
 
-def check_post_training(recipe: Recipe) -> None:
-    """What every kind of post-training asks of a recipe. Raises UserError."""
+def check_post_training(recipe: Recipe, table: str | None = None) -> None:
+    """What every kind of post-training asks of a recipe; `table` is its own. Raises UserError."""
+    if recipe.dpo is not None and table != "dpo":
+        raise UserError("the recipe has [dpo], which is for fireflyer dpo; leave it out")
     if recipe.init_from is None:
         raise UserError("post-training begins from a model: give --from CHECKPOINT")
     if not recipe.data.sources:
