@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -126,6 +127,29 @@ def test_an_environment_without_pip_gets_it_and_is_kept(machine: Machine) -> Non
     assert done.returncode == 0, done.stderr
     assert "env -m ensurepip" in machine.log()
     assert "constraint torch==2.99.0+rocm" in machine.log()
+
+
+def bare_path(machine: Machine) -> str:
+    """The stubs and what the script itself needs, so that no compiler of this machine is found."""
+    tools = machine.folder / "tools"
+    tools.mkdir()
+    for name in ("sh", "cat", "mktemp", "rm", "sed", "touch", "chromium", "slurmctld"):
+        (tools / name).symlink_to(shutil.which(name) or "/bin/true")
+    return f"{machine.folder}:{tools}"
+
+
+@pytest.mark.parametrize(("user", "installs"), [("0", True), ("1000", False)])
+def test_a_compiler_is_brought_for_the_kernels_or_said_to_be_missing(
+    machine: Machine, user: str, installs: bool
+) -> None:
+    machine.with_environment(torch="2.99.0")
+    machine.program("id", f"echo {user}")
+    machine.program("apt-get", "exit 0")
+    done = machine.install("dev", PATH=bare_path(machine), PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    asked = "apt-get install -y --no-install-recommends gcc libc6-dev" in machine.log()
+    assert asked == installs
+    assert ("no C compiler here" in done.stderr) != installs
 
 
 @pytest.mark.parametrize("what", ["core", "dev"])

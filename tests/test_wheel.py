@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -61,6 +62,33 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
     }
     assert wanted <= held, sorted(wanted - held)
     assert any(name.endswith("licenses/LICENSE") for name in held)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler here")
+def test_native_kernels_came_along_and_load(wheel: Path, installed: Path, tmp_path: Path) -> None:
+    assert "-py3-none-" in wheel.name
+    assert not wheel.name.endswith("-any.whl"), "with machine code a wheel is for one platform"
+    program = "from fireflyer.numerics.native.library import library; found = library(); print(found and found.level)"
+    done = run(installed / "python", "-c", program, cwd=tmp_path)
+    assert done.stdout.strip() not in ("", "None"), done.stderr
+
+
+def test_without_a_compiler_the_wheel_is_whole_and_for_every_platform(tmp_path: Path) -> None:
+    """Built from a copy: the library of the source tree stays."""
+    copy = tmp_path / "source"
+    names = ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE")
+    shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in names:
+        shutil.copy(ROOT / name, copy / name)
+    environment = {**os.environ, "CC": "no-such-compiler"}
+    words = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    done = subprocess.run(words, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "without the native kernels" in done.stdout + done.stderr
+    (path,) = tmp_path.glob("*.whl")
+    assert path.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(path) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
 
 
 def test_help(installed: Path, tmp_path: Path) -> None:
