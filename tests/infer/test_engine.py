@@ -492,7 +492,7 @@ def test_hundreds_of_random_requests_leave_the_pool_whole(make_model, tokenizer)
     engine.check_integrity()
     assert not engine.unfinished
     assert engine.stats.blocks_used == 0
-    assert engine.stats.preemptions > 30
+    assert engine.stats.preemptions > 15
     assert engine.stats.prefix_hit_tokens > 200
     reasons = [answer.finish_reason for request in ended for answer in request.answers]
     assert min(reasons.count(reason) for reason in ("stop", "length", "abort", "error")) > 5

@@ -1,6 +1,7 @@
 """Drafts against the plain model's own MTP logits; answers with and without drafts; what must break acceptance."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch
 from fireflyer import LLM, SamplingParams, UserError
 from fireflyer.infer import speculative
 from fireflyer.infer.engine import Engine
+from fireflyer.infer.native_trunk import NativeRows
 from fireflyer.infer.options import EngineOptions
-from fireflyer.infer.paged_cache import slot_bytes
+from fireflyer.infer.paged_cache import PagedCache, slot_bytes
 from fireflyer.infer.speculative import Drafter
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -128,16 +130,17 @@ def test_a_shifted_target_breaks_acceptance(trained, monkeypatch):
 
 def test_a_wrong_block_table_breaks_acceptance_or_answers(make_model, monkeypatch):
     """The control of the drafts' test: one answer reads another's block, and the drafts are no longer the model's."""
-    from fireflyer.infer.paged_cache import PagedCache
-
     model = make_model("V3", num_nextn_predict_layers=1)
     llm = speculating(model, 1, block_size=4)
     request = llm.make_request(prompts_of(1, 30)[0], GREEDY)
     llm.engine.add(request)
     llm.engine.step()
     llm.engine.step()
-    real = PagedCache.view
-    monkeypatch.setattr(PagedCache, "view", lambda self, tables, slots: real(self, [t[::-1] for t in tables], slots))
+    view, of = PagedCache.view, NativeRows.of
+    monkeypatch.setattr(PagedCache, "view", lambda self, tables, slots: view(self, [t[::-1] for t in tables], slots))
+    monkeypatch.setattr(
+        NativeRows, "of", lambda spans, size: replace(rows := of(spans, size), tables=rows.tables.flip(0).contiguous())
+    )
     agree = 0
     for _ in range(8):
         llm.engine.step()

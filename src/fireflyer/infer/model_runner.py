@@ -9,6 +9,7 @@ Shapes: N rows of the step · B sequences of a group · T rows of each · S cach
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from fireflyer.config import ModelConfig
+from fireflyer.infer.native_trunk import MOST_ROWS, NativeRows, native_trunk
 from fireflyer.infer.paged_cache import PagedCache
 from fireflyer.infer.scheduler import Span
 from fireflyer.model.attention import AttentionGroup
 from fireflyer.model.decoder import Decoder, TrunkOutput
+from fireflyer.model.experts import Routing
 from fireflyer.model.row_tiles import RowTiles
 
 _PADDING_ALLOWED = 64
@@ -34,6 +37,8 @@ class Batch:
     first_rows: list[int]
     positions_1N: Tensor
     groups: tuple[AttentionGroup, ...]
+    native: NativeRows | None = None
+    """The first rows, which the native kernels compute; they are in no group."""
 
 
 class ModelRunner:
@@ -43,6 +48,7 @@ class ModelRunner:
         self.device = model.device
         self._model, self._cache, self._tiles = model, cache, tiles
         self._absorbed_up_to = absorbed_up_to(model.config)
+        self._native = native_trunk(model, cache) if tiles is None else None
 
     def batch(self, spans: Iterable[Span]) -> Batch:
         """Put spans into groups, and their rows into the groups' order."""
@@ -53,30 +59,53 @@ class ModelRunner:
                 short.setdefault(span.num_rows, []).append(span)
             else:
                 long.append([span])
-        parts = [part for same in short.values() for part in _of_similar_length(same)] + long
-        ordered = [span for part in parts for span in part]
-        groups = tuple(self._group(part) for part in parts)
-        first_rows, row = [], 0
-        for span in ordered:
-            first_rows.append(row)
-            row += span.num_rows
-        positions_1N = torch.cat([group.positions_BT.flatten() for group in groups])[None]
-        return Batch(ordered, first_rows, positions_1N, groups)
+        native = [span for same in short.values() for span in same]
+        if self._native is None or not 0 < sum(span.num_rows for span in native) <= MOST_ROWS:
+            native = []
+        grouped = [] if native else [part for same in short.values() for part in _of_similar_length(same)]
+        groups = tuple(self._group(part) for part in grouped + long)
+        rows = NativeRows.of(native, self._cache.block_size) if native else None
+        positions = [rows.positions_N] if rows is not None else []
+        positions += [group.positions_BT.flatten() for group in groups]
+        ordered = native + [span for part in grouped + long for span in part]
+        first_rows = list(itertools.accumulate((span.num_rows for span in ordered[:-1]), initial=0))
+        return Batch(ordered, first_rows, torch.cat(positions)[None], groups, rows)
 
     def trunk(self, batch: Batch, token_ids: Sequence[int]) -> TrunkOutput:
         """The main model over the batch's rows: hidden states (1, N, D) after the last norm, and the routing."""
-        ids_1N = torch.tensor([token_ids], device=self.device)
-        return self._model.trunk(ids_1N, positions=batch.positions_1N, groups=batch.groups, tiles=self._tiles)
+        parts: list[tuple[Tensor, list[Routing]]] = []
+        count = 0
+        if self._native is not None and batch.native is not None:
+            count = len(batch.native.positions_N)
+            parts.append(self._native.trunk(token_ids[:count], batch.native))
+        if batch.groups:
+            ids_1N = torch.tensor([token_ids[count:]], device=self.device)
+            positions_1N = batch.positions_1N[:, count:]
+            out = self._model.trunk(ids_1N, positions=positions_1N, groups=batch.groups, tiles=self._tiles)
+            parts.append((out.hidden_BTD[0], out.routing))
+        routing = (
+            parts[0][1] if len(parts) == 1 else [_joined(*both) for both in zip(*(r for _, r in parts), strict=True)]
+        )
+        return TrunkOutput(_one_below_another([hidden_ND for hidden_ND, _ in parts])[None], [], routing)
 
     def mtp(self, depth: int, batch: Batch, hidden_ND: Tensor, next_ids: Sequence[int]) -> Tensor:
         """MTP depth `depth` (from 0) over the batch's rows: (N, D)."""
-        ids_1N = torch.tensor([next_ids], device=self.device)
-        groups, tiles = batch.groups, self._tiles
-        return self._model.mtp_step(depth, hidden_ND[None], ids_1N, batch.positions_1N, groups, tiles)[0]
+        parts: list[Tensor] = []
+        count = 0
+        if self._native is not None and batch.native is not None:
+            count = len(batch.native.positions_N)
+            parts.append(self._native.mtp(depth, hidden_ND[:count], next_ids[:count], batch.native))
+        if batch.groups:
+            ids_1N = torch.tensor([next_ids[count:]], device=self.device)
+            own_1ND, positions_1N = hidden_ND[None, count:].to(self._model.dtype), batch.positions_1N[:, count:]
+            parts.append(self._model.mtp_step(depth, own_1ND, ids_1N, positions_1N, batch.groups, self._tiles)[0])
+        return _one_below_another(parts)
 
     def logits(self, hidden_XD: Tensor) -> Tensor:
         """(X, V)"""
-        return self._model.head(hidden_XD, self._tiles)
+        if self._native is not None and hidden_XD.shape[0] <= MOST_ROWS:
+            return self._native.logits(hidden_XD)
+        return self._model.head(hidden_XD.to(self._model.dtype), self._tiles)
 
     def _group(self, spans: list[Span]) -> AttentionGroup:
         size, rows = self._cache.block_size, spans[0].num_rows
@@ -97,6 +126,17 @@ class ModelRunner:
         mask_BTS = None if plain else torch.arange(num_slots, device=self.device) <= positions_BT[..., None]
         view = self._cache.view(tables, targets)
         return AttentionGroup(positions_BT, mask_BTS, view, num_slots, "absorbed" if absorbed else "expanded")
+
+
+def _one_below_another(parts: list[Tensor]) -> Tensor:
+    """The native part is fp32; torch's is of the model's dtype."""
+    return parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts])
+
+
+def _joined(first: Routing, second: Routing) -> Routing:
+    """Of the rows of both; the scores, which the engine doesn't read, are left out."""
+    indices_NK = torch.cat((first.indices_NK, second.indices_NK))
+    return Routing(first.layer_index, first.scores_NE, indices_NK, (1, len(indices_NK)))
 
 
 def absorbed_up_to(config: ModelConfig) -> int:

@@ -72,6 +72,11 @@ class PackedExperts(nn.Module):
             self._table = ExpertTable.stacked(self.packed, self.shapes)
         return kernels.experts(self._table, x_ND, indices_NK, weights_NK)
 
+    def by_kernels(self, kernels: Library, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """`forward` of a store's experts, for callers that have the kernels; indices and weights are contiguous."""
+        assert self.store is not None
+        return self._from_store(kernels, self.store, x_ND, indices_NK, weights_NK)
+
     def _from_store(
         self, kernels: Library, store: ExpertBytes, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor
     ) -> Tensor:

@@ -15,6 +15,7 @@ from fireflyer.model.norm import swiglu, weighted_swiglu
 from fireflyer.model.packed_experts import ExpertBytes
 from fireflyer.model.routing import expert_counts
 from fireflyer.model.row_tiles import RowTiles
+from fireflyer.numerics.native.library import ExpertTable, Library
 
 FEW_TOKENS = 3
 """Up to here tokens go through their experts one by one on a CPU; beyond, sorting them by expert is cheaper."""
@@ -59,6 +60,16 @@ class StoredExperts(nn.Module):
             weights_NK = weights_NK.to(y_MD.dtype)
             return torch.cat([weights_NK[n : n + 1] @ y_MD[place_NK[n]] for n in range(len(x_ND))])
         return F.embedding_bag(place_NK, y_MD, mode="sum")
+
+    def by_kernels(self, kernels: Library, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """A decoding step's experts as the native kernels compute those in memory, to the bit; x fp32."""
+        rows_MD = x_ND.new_empty(indices_NK.numel(), x_ND.shape[1])
+        table = None
+        for expert in self.store.in_order(indices_NK.unique().tolist()):
+            table = ExpertTable.one(self.num_experts, expert, *self.matrices(expert))
+            kernels.fill_rows(table, x_ND, indices_NK, rows_MD)
+        assert table is not None
+        return kernels.sum_rows(table, rows_MD, indices_NK, weights_NK)
 
     def _rows_by_expert(self, indices_NK: Tensor) -> list[tuple[int, slice]]:
         """Each chosen expert with its rows of M, in the order of least reading."""

@@ -122,6 +122,15 @@ class ExpertTable:
         return cls(addresses, *_experts_shape(shapes), list(blocks.values()))
 
     @classmethod
+    def one(cls, num_experts: int, expert: int, gate_up_JD: Tensor, down_DI: Tensor) -> ExpertTable:
+        """This expert alone, fp32 or bf16: gate above up, (2 · width, hidden), and (hidden, width)."""
+        addresses = torch.zeros(num_experts, 3, dtype=torch.int64)
+        gate = gate_up_JD.data_ptr()
+        addresses[expert] = torch.tensor([gate, gate + gate_up_JD.nbytes // 2, down_DI.data_ptr()])
+        hidden, width = down_DI.shape
+        return cls(addresses, hidden, width, _DENSE_KINDS[down_DI.dtype], [gate_up_JD, down_DI])
+
+    @classmethod
     def dense(cls, gate_up_EJD: Tensor, down_EDI: Tensor) -> ExpertTable:
         """fp32 or bf16 experts as torch keeps them: gate above up, (E, 2 · width, hidden), and (E, hidden, width)."""
         assert gate_up_EJD.is_contiguous()
