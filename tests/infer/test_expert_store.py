@@ -120,6 +120,15 @@ def test_what_is_used_much_stays() -> None:
     assert store.hits >= 400 * 12 - often
 
 
+def test_many_uses_weigh_more_than_the_last_one() -> None:
+    first, second = Counted(), Counted()
+    store = ExpertStore([first, second], 4 * 4096)
+    for often in [[0, 1]] * 10 + [[2], [3]]:
+        store.take(0, often)
+        store.take(1, [9])
+    assert [store.is_resident(0, expert) for expert in range(4)] == [True, True, False, True]
+
+
 def test_a_cycle_longer_than_memory_keeps_what_fits() -> None:
     """The same 24 experts at each token, 16 places: plain recency finds none, we all but those that take turns."""
     layers = [Counted() for _ in range(4)]
