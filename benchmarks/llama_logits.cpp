@@ -24,7 +24,7 @@ int main(int argc, char **argv) {
     llama_context_params settings = llama_context_default_params();
     settings.n_ctx = count + fresh + 8;
     settings.n_batch = settings.n_ubatch = count;
-    settings.n_threads = settings.n_threads_batch = 2;
+    settings.n_threads = settings.n_threads_batch = 1;  // small models: more would only wait for one another
     settings.type_k = settings.type_v = GGML_TYPE_F32;
     settings.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
     llama_context *context = llama_init_from_model(model, settings);
