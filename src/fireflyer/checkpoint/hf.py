@@ -38,8 +38,10 @@ from fireflyer.model.decoder import Decoder
 from fireflyer.text.tokenizer import Tokenizer
 
 __all__ = [
+    "copy_tokenizer",
     "fill_model",
     "load_model",
+    "load_opened",
     "load_tokenizer",
     "published_names",
     "published_views",
@@ -80,7 +82,11 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     """
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise UserError(f"dtype {dtype} can't hold a model's weights; give torch.float32, bfloat16 or float16")
-    checkpoint = open_checkpoint(path)
+    return load_opened(open_checkpoint(path), dtype, device)
+
+
+def load_opened(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device) -> Decoder:
+    """`load_model` of a checkpoint that is open, perhaps with an adapter added."""
     with torch.device("meta"):
         model = Decoder(checkpoint.config)
     model.to(dtype).to_empty(device=device)
@@ -217,7 +223,7 @@ def write_published(
         weight_map = {name: shard for shard, names in shards.items() for name in names}
         _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
     if tokenizer_from is not None:
-        _copy_tokenizer(Path(tokenizer_from), folder)
+        copy_tokenizer(Path(tokenizer_from), folder)
 
 
 def _plan_shards(sizes: Mapping[str, int], max_shard_bytes: int | float) -> dict[str, list[str]]:
@@ -239,7 +245,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer's files of a folder, as many as it has, or of a GGUF file."""
     if is_gguf(source):
         if (tokenizer := gguf_tokenizer(source)) is not None:
             tokenizer.save(folder)

@@ -30,6 +30,7 @@ from fireflyer.numerics.fp8 import dequantize_block, scale_shape
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\.(.+)")
@@ -93,15 +94,26 @@ def _resolve(path: Path) -> Path:
         raise UserError(f"{path}: a file, where a checkpoint is a folder; give the folder it lies in")
     if (path / CONFIG).is_file():
         return path
+    if (path / ADAPTER_CONFIG).is_file():
+        raise UserError(_only_an_adapter(path))
     if (path / CHECKPOINTS).is_dir():
         found = find_checkpoint(path)
         if found.path is None:
             reason = f"the newest is damaged: {found.damaged[0]}" if found.damaged else "it has saved none yet"
             raise UserError(f"{path}: this run has no good checkpoint ({reason}); let it train until one is saved")
+        if (found.path / ADAPTER_CONFIG).is_file():
+            raise UserError(_only_an_adapter(path))
         return found.path
     if not any(path.iterdir()):
         raise UserError(f"{path}: an empty folder; give a checkpoint (config.json and safetensors) or a run folder")
     raise UserError(f"{path}: neither {CONFIG} nor {CHECKPOINTS}/ is in it; give a checkpoint or a run folder")
+
+
+def _only_an_adapter(path: Path) -> str:
+    return (
+        f"{path}: an adapter, which goes with the model that it was trained on; give that model with --adapter {path},"
+        f" or make one of the two: fireflyer export {path} DIR --merge-adapter"
+    )
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

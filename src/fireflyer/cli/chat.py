@@ -41,7 +41,13 @@ def run(args: argparse.Namespace) -> int:
     params = sampling_params(args, [])
     from fireflyer.infer.llm import LLM
 
-    llm = LLM(args.checkpoint, device=args.device, quantization=args.quantization, expert_memory=args.expert_memory)
+    llm = LLM(
+        args.checkpoint,
+        device=args.device,
+        quantization=args.quantization,
+        expert_memory=args.expert_memory,
+        adapter=args.adapter,
+    )
     if llm.tokenizer is None:
         raise UserError(f"{args.checkpoint} has no tokenizer.json, without which no text can be read; put it there")
     note = untaught(llm.tokenizer)

@@ -38,7 +38,13 @@ def run(args: argparse.Namespace) -> int:
     prompt = _read_stdin() if args.prompt == "-" else args.prompt
     from fireflyer.infer.llm import LLM
 
-    llm = LLM(args.checkpoint, device=args.device, quantization=args.quantization, expert_memory=args.expert_memory)
+    llm = LLM(
+        args.checkpoint,
+        device=args.device,
+        quantization=args.quantization,
+        expert_memory=args.expert_memory,
+        adapter=args.adapter,
+    )
     facts = _generate(llm, prompt, params, show=not args.json)
     if args.json:
         print(json.dumps(facts))

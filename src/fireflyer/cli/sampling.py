@@ -38,6 +38,9 @@ def add_sampling_arguments(
         metavar="SIZE",
         help="memory for routed experts, as 8GiB; the others are read when needed; default: all in memory",
     )
+    parser.add_argument(
+        "--adapter", metavar="PATH", help="a LoRA adapter to add to the weights: its folder, or the run that trained it"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 
 import torch
 
+from fireflyer.checkpoint.adapter import load_adapter_tokenizer
 from fireflyer.checkpoint.hf import load_tokenizer, resolve_checkpoint
 from fireflyer.errors import UserError
 from fireflyer.infer.async_engine import AsyncEngine
@@ -48,6 +49,7 @@ class LLM:
         quantization: "int8" or "int4" packs the weights on the way in; a folder that holds packed ones needs none.
         expert_memory: memory for routed experts, as "8GiB" or a number of bytes; those that don't fit are read from the
             checkpoint's files when they are needed, and the answers are the same. None: all of them are in memory.
+        adapter: a LoRA adapter (PEFT's two files, or the run that trained it) to add to the weights.
         device: where the model runs, "cpu" or "cuda".
         max_length, max_num_seqs, max_step_tokens, block_size, cache_gib, cache_dtype, prefix_cache,
             num_speculative_tokens, deterministic: as `EngineOptions` says.
@@ -63,6 +65,7 @@ class LLM:
         device: torch.device | str = "cpu",
         quantization: Kind | None = None,
         expert_memory: str | int | None = None,
+        adapter: str | Path | None = None,
         max_length: int | None = None,
         max_num_seqs: int = 64,
         max_step_tokens: int = 2048,
@@ -87,8 +90,8 @@ class LLM:
         target = _checked_device(device)
         chosen = _checked_dtype(dtype, target)
         folder = resolve_checkpoint(path)
-        model = load_weights(folder, chosen, target, quantization, expert_memory)
-        self._set_up(model, load_tokenizer(folder), str(path), options)
+        model = load_weights(folder, chosen, target, quantization, expert_memory, adapter)
+        self._set_up(model, load_adapter_tokenizer(adapter) or load_tokenizer(folder), str(path), options)
         self._end_token_ids |= _generation_config_end_ids(folder)
 
     @classmethod

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from fireflyer.checkpoint.hf import load_model
+from fireflyer.checkpoint.adapter import adapted, open_adapter
+from fireflyer.checkpoint.hf import load_model, load_opened
 from fireflyer.checkpoint.packed import load_packed, pack_checkpoint, packed_kind
 from fireflyer.checkpoint.published import open_checkpoint
 from fireflyer.config.sizes import parse_bytes
@@ -23,9 +24,11 @@ def load_weights(
     device: torch.device,
     quantization: Kind | None,
     expert_memory: str | int | None = None,
+    adapter: str | Path | None = None,
 ) -> Decoder:
     """The Decoder of a resolved CHECKPOINT. Raises UserError where the arguments don't go together.
 
+    adapter: a low-rank adapter's folder or run, added to the weights as they are read.
     expert_memory: bytes, or a text such as "8GiB", that routed experts may take; the others stay in their files.
     """
     limit = None if expert_memory is None else parse_bytes(expert_memory, "expert_memory")
@@ -34,6 +37,8 @@ def load_weights(
     if quantization not in (None, *KINDS):
         raise UserError(f"quantization is {quantization!r}; it must be one of {', '.join(KINDS)}, or None")
     held = packed_kind(folder)
+    if adapter is not None:
+        return _with_adapter(folder, dtype, device, quantization or held, limit, adapter)
     if held is None and quantization is None:
         if limit is not None:
             return load_with_store(open_checkpoint(folder), dtype, limit)
@@ -56,3 +61,14 @@ def load_weights(
         )
     assert quantization is not None
     return pack_checkpoint(open_checkpoint(folder), quantization)
+
+
+def _with_adapter(
+    folder: Path, dtype: torch.dtype, device: torch.device, packed: Kind | None, limit: int | None, adapter: str | Path
+) -> Decoder:
+    if packed is not None or limit is not None:
+        raise UserError(
+            f"adapter {adapter}: goes with weights in full; for packed ones or expert_memory, make one model of the two"
+            f" first: fireflyer export {adapter} DIR --merge-adapter"
+        )
+    return load_opened(adapted(open_checkpoint(folder), open_adapter(adapter)), dtype, device)

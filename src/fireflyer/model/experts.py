@@ -107,6 +107,10 @@ class Experts(nn.Module):
         if 0 < x_ND.shape[0] <= FEW_TOKENS and x_ND.device.type == "cpu" and not torch.is_grad_enabled():
             tokens = zip(x_ND.split(1), indices_NK.tolist(), weights_NK.split(1), strict=True)
             return torch.cat([self._one_token(*token) for token in tokens])
+        return self.sorted_by_expert(x_ND, indices_NK, weights_NK)
+
+    def sorted_by_expert(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """The way for many tokens, and for gradients: two matrix products for all experts."""
         num_experts = self.gate_up_proj.shape[0]
         order_M = indices_NK.flatten().argsort(stable=True)
         place_NK = torch.empty_like(order_M)
@@ -114,10 +118,18 @@ class Experts(nn.Module):
         place_NK = place_NK.view(indices_NK.shape)
         token_of_M = order_M // indices_NK.shape[1]
         ends_E = expert_counts(indices_NK, num_experts).cumsum(0).to(torch.int32)
-        gate_up_MJ = grouped_linear(_Dispatch.apply(x_ND, token_of_M, place_NK), self.gate_up_proj, ends_E)
+        gate_up_MJ = self.up(_Dispatch.apply(x_ND, token_of_M, place_NK), ends_E)
         weight_M = weights_NK.to(gate_up_MJ.dtype).flatten().gather(0, order_M)
-        y_MD = grouped_linear(weighted_swiglu(gate_up_MJ, weight_M), self.down_proj, ends_E)
+        y_MD = self.down(weighted_swiglu(gate_up_MJ, weight_M), ends_E)
         return _Combine.apply(y_MD, token_of_M, place_NK)
+
+    def up(self, x_MD: Tensor, ends_E: Tensor) -> Tensor:
+        """Gate and up projections of rows in the order of their experts."""
+        return grouped_linear(x_MD, self.gate_up_proj, ends_E)
+
+    def down(self, x_MI: Tensor, ends_E: Tensor) -> Tensor:
+        """Their down projections."""
+        return grouped_linear(x_MI, self.down_proj, ends_E)
 
     def _one_token(self, x_1D: Tensor, experts: list[int], weights_1K: Tensor) -> Tensor:
         """Decoding, or verifying a draft: the chosen experts one by one, a third of the time that sorting takes."""

@@ -214,7 +214,9 @@ class Trainer:
             "train_s": state.train_s,
             "data": state.objective.state_dict(),
         }
-        snapshot = take_snapshot(state.model, state.optimizer, state.average, stored, self.run_dir)
+        lora, base = self.recipe.lora, self.recipe.init_from
+        adapter = None if lora is None or base is None else (lora.alpha, base)
+        snapshot = take_snapshot(state.model, state.optimizer, state.average, stored, self.run_dir, adapter)
         self.writer.save(state.step, snapshot.write)
         self.saved_step = state.step
 

@@ -116,8 +116,8 @@ class Pretraining:
 
     def _samples(self) -> list[dict[str, Any]]:
         """What the model makes of the beginnings of the first held-out rows: of a problem its answer."""
-        if self.held_out is None or not self._recipe.eval_samples:
-            return []
+        if self.held_out is None or not self._recipe.eval_samples or self._recipe.lora is not None:
+            return []  # the engine reads weights as they are, without adapters
         batch = self.held_out.batches[0]
         rows = range(min(self._recipe.eval_samples, batch.input_ids_BT.shape[0]))
         prompts = [beginning(batch.input_ids_BT[row], batch.labels_BT[row]) for row in rows]

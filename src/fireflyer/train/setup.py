@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fireflyer.checkpoint.adapter import open_adapter
 from fireflyer.checkpoint.hf import load_model
 from fireflyer.checkpoint.published import open_checkpoint
 from fireflyer.checkpoint.run import discard_newer, find_checkpoint, remove_leftovers, write_text
@@ -29,6 +30,7 @@ from fireflyer.errors import UserError
 from fireflyer.model.decoder import Decoder, init_weights_
 from fireflyer.text.tokenizer import Tokenizer
 from fireflyer.train.events import Event, Notice
+from fireflyer.train.lora import attach_adapters, fill_adapters
 from fireflyer.train.objective import Objective
 from fireflyer.train.optimizer import DecoderOptimizer, build_optimizer
 from fireflyer.train.pretraining import Pretraining
@@ -96,7 +98,7 @@ def open_inputs(recipe: Recipe, run_dir: Path, stored: Recipe | None, on_event: 
     Raises UserError.
     """
     recipe = choose(recipe if stored is None else take_stored_choices(recipe, stored))
-    for name, table in (("lora", recipe.lora), ("dpo", recipe.dpo)):
+    for name, table in (("lora", recipe.lora), ("dpo", recipe.dpo), ("grpo", recipe.grpo)):
         if table is not None:
             raise UserError(f"the recipe has [{name}], which is for post-training, as fireflyer sft; leave it out")
     data = recipe.data
@@ -180,10 +182,14 @@ def open_state(inputs: Inputs, run_dir: Path, on_event: Callable[[Event], None])
             f"{run_dir}: none of its checkpoints is whole ({'; '.join(found.damaged)}); copy them again, or remove the"
             " folder to begin anew"
         )
-    if found.path is not None:
+    if found.path is not None and recipe.lora is None:
         model = load_model(found.path, dtype=torch.float32, device=recipe.device)
     else:
         model = _first_model(recipe, inputs.tokenizer)
+    if recipe.lora is not None:
+        attach_adapters(model, recipe.lora, recipe.seed)
+        if found.path is not None:
+            fill_adapters(model, open_adapter(found.path))
     state = RunState(model, build_optimizer(model, recipe), inputs.objective(model))
     if found.path is not None:
         for line in found.damaged:

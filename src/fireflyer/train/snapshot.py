@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fireflyer.checkpoint.hf import published_views, write_published
+from fireflyer.checkpoint.adapter import write_adapter
+from fireflyer.checkpoint.hf import copy_tokenizer, published_views, write_published
 from fireflyer.checkpoint.names import published_places
 from fireflyer.checkpoint.trainer_state import EMA_PREFIX, read_trainer_state, write_trainer_state
 from fireflyer.config import ModelConfig
 from fireflyer.model.decoder import Decoder
+from fireflyer.train.lora import adapter_pairs
 from fireflyer.train.optimizer import DecoderOptimizer, load_optimizer_tensors, optimizer_tensors
 
 _OPTIMIZER = "optimizer."
@@ -34,11 +36,17 @@ class Snapshot:
     trainer: dict[str, Tensor]
     state: dict[str, Any]
     tokenizer_from: Path
+    adapter: tuple[float, str] | None = None
+    """α and the base checkpoint, where adapters are trained: then `weights` are theirs alone."""
 
     def write(self, folder: Path) -> None:
         """Write the checkpoint's files into an empty folder."""
-        tensors = dict(published_views(self.config, self.weights))
-        write_published(folder, self.config, tensors, tokenizer_from=self.tokenizer_from)
+        if self.adapter is not None:
+            write_adapter(folder, adapter_pairs(self.config, self.weights), *self.adapter)
+            copy_tokenizer(self.tokenizer_from, folder)
+        else:
+            tensors = dict(published_views(self.config, self.weights))
+            write_published(folder, self.config, tensors, tokenizer_from=self.tokenizer_from)
         write_trainer_state(folder, self.trainer, self.state)
 
 
@@ -48,15 +56,21 @@ def take_snapshot(
     average: dict[str, Tensor],
     state: dict[str, Any],
     tokenizer_from: Path,
+    adapter: tuple[float, str] | None = None,
 ) -> Snapshot:
-    """Copy the weights (fp32, as trained), optimizer moments, averaged weights and RNG. `state` is JSON-able."""
+    """Copy the weights (fp32, as trained), optimizer moments, averaged weights and RNG. `state` is JSON-able.
+
+    adapter: as `Snapshot` has it; the frozen weights are then not copied.
+    """
     trainer = {f"{_OPTIMIZER}{name}": _copy(tensor) for name, tensor in optimizer_tensors(optimizer).items()}
     trainer |= {f"{EMA_PREFIX}{name}": _copy(view) for name, view in _average_views(model.config, average)}
     trainer[_CPU_RNG] = torch.get_rng_state()
     if torch.cuda.is_initialized():
         trainer[_CUDA_RNG] = torch.cuda.get_rng_state()
-    weights = {name: _copy(tensor) for name, tensor in model.state_dict().items()}
-    return Snapshot(model.config, weights, trainer, state, tokenizer_from)
+    kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    live = model.state_dict()
+    weights = {name: _copy(tensor) for name, tensor in live.items() if adapter is None or name in kept}
+    return Snapshot(model.config, weights, trainer, state, tokenizer_from, adapter)
 
 
 def restore(folder: Path, model: Decoder, optimizer: DecoderOptimizer, average: dict[str, Tensor]) -> dict[str, Any]:
