@@ -163,7 +163,7 @@ def _check_quantization(quantization: Any, source: str) -> None:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UserError(
-            f"{where}.quant_method {shown(method)} isn't read; only block fp8 and fireflyer's own are: give the original"
+            f"{where}.quant_method {shown(method)} isn't read; block fp8 and fireflyer's own are: give the original"
             " weights"
         )
     block = quantization.get("weight_block_size")

@@ -11,12 +11,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fireflyer.cost.memory import decode_step_bytes
+from fireflyer.cost.parameters import cache_bytes_per_token
 from fireflyer.infer.engine import Engine
 from fireflyer.infer.llm import LLM
 from fireflyer.infer.paged_cache import cache_torch_dtype
 from fireflyer.infer.request import Request
 from fireflyer.infer.sampling_params import SamplingParams
+from fireflyer.model.decoder import Decoder
+from fireflyer.model.experts import Experts
+from fireflyer.model.packed_experts import PackedExperts
 
 _LOOKED_AT = 16
 """Decode steps whose experts are counted."""
@@ -27,7 +30,7 @@ class Speed:
     """Of one batch of equal prompts, answered greedily to a fixed length.
 
     decode_tokens_per_s: of all sequences together, once every prompt has been read; no drafts.
-    bytes_per_s: what plain decoding had to read, `cost.memory.decode_step_bytes`, in that time.
+    bytes_per_s: what plain decoding had to read in that time: weights and cached latents.
     experts_per_layer: distinct experts that a layer used in a decode step, the mean.
     mtp_decode_tokens_per_s, mtp_acceptance: the same with drafts; None where the model has no MTP layer.
     """
@@ -64,14 +67,8 @@ def measure_speed(llm: LLM, prompts: Sequence[list[int]], new_tokens: int) -> Sp
     experts = _experts_per_layer(llm, plain, prompts, min(new_tokens, _LOOKED_AT))
     # While the answers grow, a step reads on average half of them from the cache.
     contexts = [len(prompt) + new_tokens // 2 for prompt in prompts]
-    dtype = llm.model.dtype
-    step_bytes = decode_step_bytes(
-        llm.config,
-        contexts,
-        experts_per_layer=experts,
-        bytes_per_weight=dtype.itemsize,
-        bytes_per_cached=cache_torch_dtype(llm.options.cache_dtype, dtype).itemsize,
-    )
+    cached = cache_torch_dtype(llm.options.cache_dtype, llm.model.dtype).itemsize
+    step_bytes = weight_bytes_per_step(llm.model, experts) + sum(contexts) * cache_bytes_per_token(llm.config, cached)
     with_drafts = None
     if llm.config.num_nextn_predict_layers and llm.options.num_speculative_tokens != 0:
         with_drafts = _answer(llm, _engine(llm, drafts=llm.options.num_speculative_tokens), prompts, new_tokens)
@@ -83,6 +80,22 @@ def measure_speed(llm: LLM, prompts: Sequence[list[int]], new_tokens: int) -> Sp
         mtp_decode_tokens_per_s=None if with_drafts is None else with_drafts.decoded / with_drafts.decode_s,
         mtp_acceptance=None if with_drafts is None else with_drafts.accepted / max(with_drafts.drafted, 1),
     )
+
+
+def weight_bytes_per_step(model: Decoder, experts_per_layer: float) -> float:
+    """Bytes of weights that a decode step of the main model reads at least, as they are stored; of the embedding, which
+    it reads by rows, none, unless it serves as head.
+
+    experts_per_layer: distinct routed experts that a layer uses for the whole batch.
+    """
+    total = 0.0
+    for name, module in model.named_modules():
+        if name.startswith("model.mtp.") or (module is model.model.embed_tokens and model.lm_head is not None):
+            continue
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        used = experts_per_layer if isinstance(module, (Experts, PackedExperts)) else None
+        total += sum(t.nbytes * (1 if used is None else used / t.shape[0]) for t in tensors)
+    return total
 
 
 def sample_prompts(text_tokens: Sequence[int], num_prompts: int, length: int, seed: int = 0) -> list[list[int]]:
