@@ -15,6 +15,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define CHUNK 256 /* slots of one piece of a row's attention; its scores are kept */
+#define SLOTS 16  /* of them at a time: converted once for all heads, added up in registers */
 #define FEW_HEADS 4
 #define MANY_HEADS 16 /* at a time, where a slot has to be converted before it can be read */
 
@@ -54,6 +55,8 @@ typedef struct {
 } FFStep;
 
 typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
 
 typedef struct {
     const FFDecoder *of;
@@ -70,10 +73,18 @@ typedef struct {
 
 /* --- Arithmetic, compiled once for each level */
 
+/* By halves: one after the other, the sixteen additions would wait for each other. */
 INLINE float sum16(v16 v) {
-    float sum = 0;
-    for (int i = 0; i < 8; i++) sum += v[i] + v[i + 8];
-    return sum;
+    union {
+        v16 all;
+        v8 half[2];
+    } sixteen = {v};
+    union {
+        v8 all;
+        v4 half[2];
+    } eight = {sixteen.half[0] + sixteen.half[1]};
+    v4 four = eight.half[0] + eight.half[1];
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 INLINE float dot(const float *a, const float *b, int count) {
@@ -162,18 +173,49 @@ INLINE const float *slot_at(const Work *work, const FFLayer *layer, const int64_
 
 /* --- Attention */
 
-/* Scores of one slot for up to four heads. */
-INLINE void score(const float *q, int64_t stride, int heads, const float *kept, int width, float scale, float *scores) {
-    v16 sums[FEW_HEADS] = {{0}};
+/* Scores of `count` slots, one or two, for up to four heads. */
+INLINE void score(const float *q, int64_t stride, const int heads, const float *const *kept, const int count, int width,
+                  float scale, float *scores) {
+    v16 sums[2][FEW_HEADS] = {{{0}}};
     int k = 0;
     for (; k + 16 <= width; k += 16)
-        for (int h = 0; h < FEW_HEADS; h++)
-            if (h < heads) sums[h] += *(const v16 *)(q + h * stride + k) * *(const v16 *)(kept + k);
-    for (int h = 0; h < heads; h++) {
-        float sum = sum16(sums[h]);
-        for (int rest = k; rest < width; rest++) sum += q[h * stride + rest] * kept[rest];
-        scores[h * CHUNK] = sum * scale;
+        for (int h = 0; h < heads; h++)
+            for (int s = 0; s < count; s++)
+                sums[s][h] += *(const v16 *)(q + h * stride + k) * *(const v16 *)(kept[s] + k);
+    for (int h = 0; h < heads; h++)
+        for (int s = 0; s < count; s++) {
+            float sum = sum16(sums[s][h]);
+            for (int rest = k; rest < width; rest++) sum += q[h * stride + rest] * kept[s][rest];
+            scores[h * CHUNK + s] = sum * scale;
+        }
+}
+
+INLINE void score_slots(const float *q, int64_t stride, const int heads, const float *const *kept, int count, int width,
+                        float scale, float *scores) {
+    int s = 0;
+    for (; s + 2 <= count; s += 2) score(q, stride, heads, kept + s, 2, width, scale, scores + s);
+    if (s < count) score(q, stride, heads, kept + s, 1, width, scale, scores + s);
+}
+
+/* Adds what up to four heads read of some slots: sums stay in registers while the slots go by. */
+INLINE void add_slots(const float *const *kept, int count, const float *weights, const int heads, int latent,
+                      float *read) {
+    int i = 0;
+    for (; i + 32 <= latent; i += 32) {
+        v16 sums[FEW_HEADS][2];
+        for (int h = 0; h < heads; h++)
+            for (int j = 0; j < 2; j++) sums[h][j] = *(const v16 *)(read + (int64_t)h * latent + i + 16 * j);
+        for (int s = 0; s < count; s++)
+            for (int h = 0; h < heads; h++)
+                for (int j = 0; j < 2; j++)
+                    sums[h][j] += weights[h * CHUNK + s] * *(const v16 *)(kept[s] + i + 16 * j);
+        for (int h = 0; h < heads; h++)
+            for (int j = 0; j < 2; j++) *(v16 *)(read + (int64_t)h * latent + i + 16 * j) = sums[h][j];
     }
+    for (int h = 0; h < heads; h++)
+        for (int s = 0; s < count; s++)
+            for (int rest = i; rest < latent; rest++)
+                read[(int64_t)h * latent + rest] += weights[h * CHUNK + s] * kept[s][rest];
 }
 
 /* One piece: some heads of one row over at most CHUNK slots; what they read, unscaled, their maximum and their sum. */
@@ -182,30 +224,38 @@ INLINE void attend_body(const Work *work, const FFLayer *layer, int row, int hea
     const FFDecoder *of = work->of;
     const int64_t *table = work->step->tables + work->step->table_starts[row];
     int latent = of->latent, width = latent + of->rope;
-    float scores[MANY_HEADS * CHUNK], kept_memory[width];
-    for (int s = 0; s < slots; s++) {
-        const float *kept = slot_at(work, layer, table, first + s, width, kept_memory);
-        int h = 0;
+    float scores[MANY_HEADS * CHUNK], kept_memory[SLOTS * width];
+    const float *kept[SLOTS];
+    for (int s = 0; s < slots; s += SLOTS) {
+        int count = slots - s < SLOTS ? slots - s : SLOTS, h = 0;
+        for (int i = 0; i < count; i++)
+            kept[i] = slot_at(work, layer, table, first + s + i, width, kept_memory + i * width);
         for (; h + FEW_HEADS <= heads; h += FEW_HEADS)
-            score(q + (int64_t)h * width, width, FEW_HEADS, kept, width, of->softmax_scale, scores + h * CHUNK + s);
-        if (h < heads)
-            score(q + (int64_t)h * width, width, heads - h, kept, width, of->softmax_scale, scores + h * CHUNK + s);
+            score_slots(q + (int64_t)h * width, width, FEW_HEADS, kept, count, width, of->softmax_scale,
+                        scores + h * CHUNK + s);
+        for (; h < heads; h++)
+            score_slots(q + (int64_t)h * width, width, 1, kept, count, width, of->softmax_scale, scores + h * CHUNK + s);
     }
     for (int h = 0; h < heads; h++) {
-        float *own = scores + h * CHUNK, most = own[0], total = 0;
+        float *own = scores + h * CHUNK, most = own[0];
+        v16 sums = {0};
         for (int s = 1; s < slots; s++) most = own[s] > most ? own[s] : most;
         for (int s = 0; s < slots; s++) own[s] = exponential(own[s] - most);
-        for (int s = 0; s < slots; s++) total += own[s];
+        int rest = 0;
+        for (; rest + 16 <= slots; rest += 16) sums += *(const v16 *)(own + rest);
+        float total = sum16(sums);
+        for (; rest < slots; rest++) total += own[rest];
         max[h] = most;
         sum[h] = total;
     }
     memset(read, 0, 4 * (size_t)heads * (size_t)latent);
-    for (int s = 0; s < slots; s++) {
-        const float *kept = slot_at(work, layer, table, first + s, latent, kept_memory);
-        for (int h = 0; h < heads; h++) {
-            float weight = scores[h * CHUNK + s], *to = read + (int64_t)h * latent;
-            for (int i = 0; i < latent; i++) to[i] += weight * kept[i];
-        }
+    for (int s = 0; s < slots; s += SLOTS) {
+        int count = slots - s < SLOTS ? slots - s : SLOTS, h = 0;
+        for (int i = 0; i < count; i++)
+            kept[i] = slot_at(work, layer, table, first + s + i, latent, kept_memory + i * width);
+        for (; h + FEW_HEADS <= heads; h += FEW_HEADS)
+            add_slots(kept, count, scores + h * CHUNK + s, FEW_HEADS, latent, read + (int64_t)h * latent);
+        for (; h < heads; h++) add_slots(kept, count, scores + h * CHUNK + s, 1, latent, read + (int64_t)h * latent);
     }
 }
 
