@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fireflyer.train.advantages import LengthRule, equal_groups, group_advantages, token_weights
+from fireflyer.train.advantages import equal_groups, group_advantages, token_weights
+from fireflyer.train.settings import LengthRule
 
 REWARDS = st.lists(st.lists(st.floats(-10, 10, allow_nan=False), min_size=4, max_size=4), min_size=1, max_size=5)
 
@@ -33,8 +34,18 @@ def test_advantages_of_a_group_sum_to_zero(rewards: list[list[float]], by_std: b
 def test_all_equal_groups_give_exactly_zero(size: int, by_std: bool):
     rewards = torch.tensor([0.1, 1.1, 1 / 3, 0.0, -2.7])[:, None].expand(-1, size)
     assert (group_advantages(rewards, by_std=by_std) == 0).all()
-    assert equal_groups(rewards).all()
-    assert equal_groups(torch.tensor([[1.0, 1.0], [1.0, 0.5]])).tolist() == [True, False]
+    assert equal_groups(rewards, torch.ones_like(rewards, dtype=torch.bool)).all()
+
+
+def test_an_answer_without_a_reward_belongs_to_no_group():
+    nan = float("nan")
+    rewards = torch.tensor([[1.0, nan, 0.0, 0.0], [nan, 2.0, nan, nan], [nan, 3.0, 3.0, nan], [nan] * 4])
+    graded = ~rewards.isnan()
+    expected = torch.tensor([[2 / 3, 0, -1 / 3, -1 / 3], [0] * 4, [0] * 4, [0] * 4]).double()
+    torch.testing.assert_close(group_advantages(rewards, graded, by_std=False), expected)
+    assert group_advantages(rewards, graded)[0, :1].item() == pytest.approx(2 / 3 / (2 / 9) ** 0.5, abs=1e-5)
+    assert (group_advantages(rewards, graded)[1:] == 0).all()
+    assert equal_groups(rewards, graded).tolist() == [False, True, True, True]
 
 
 def test_token_weights_by_hand():

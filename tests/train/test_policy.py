@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fireflyer.train import policy
-from fireflyer.train.advantages import LengthRule, token_weights
+from fireflyer.train.advantages import token_weights
+from fireflyer.train.settings import LengthRule
 from fireflyer.train.policy import chosen_logprobs, kl_estimate, policy_terms
 
 

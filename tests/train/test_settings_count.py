@@ -10,6 +10,7 @@ from tiny_run import checkpoint_bytes, tiny_recipe, write_text
 from fireflyer.checkpoint.run import newest_good_checkpoint
 from fireflyer.train.loop import train
 from fireflyer.train.recipe import known_keys
+from fireflyer.train.settings import GrpoSettings
 
 STEPS = 4
 CHANGED = {
@@ -45,7 +46,8 @@ OTHERWISE_TESTED = {
     "what is read": {"data.sources", "data.tokenizer", "data.encoding_errors", "data.text_column"},
     "no effect on the weights": {"ema.decay", "parallel.micro_batch_size", "parallel.recompute"},
     "post-training": {"lora.rank", "lora.alpha", "lora.targets", "lora.experts"}
-    | {"dpo.beta", "dpo.label_smoothing", "dpo.normalize_length"},
+    | {"dpo.beta", "dpo.label_smoothing", "dpo.normalize_length"}
+    | {f"grpo.{name}" for name in GrpoSettings.model_fields},
     "only with others": {"optimizer.muon_momentum", "schedule.final", "schedule.batch_start"}
     | {"schedule.batch_ramp_tokens", "schedule.batch_multiple"},
 }
@@ -100,4 +102,4 @@ def test_every_key_is_here():
     assert keys - listed == set()
 
 
-_TABLES = ("data", "optimizer", "schedule", "balance", "mtp", "ema", "parallel", "lora", "dpo")
+_TABLES = ("data", "optimizer", "schedule", "balance", "mtp", "ema", "parallel", "lora", "dpo", "grpo")

@@ -52,25 +52,30 @@ class Progress:
 
     def _step(self, event: StepDone) -> None:
         self._recent = [*self._recent[-19:], event.metrics]
-        progress, measures = status(self._recent, event.total_steps, self._bits_per_byte, self._usd_per_hour)
+        progress, measures = self._status(event.total_steps)
         if self._console.is_terminal:
             done = BAR_WIDTH * event.metrics.step // event.total_steps
             bar = [("━" * done, "green"), ("─" * (BAR_WIDTH - done), "dim")]
-            self._live.update(Text.assemble(*bar, f"  {progress}\n{measures}", no_wrap=True), refresh=True)
+            below = "\n".join([measures, *self._more_lines()])
+            self._live.update(Text.assemble(*bar, f"  {progress}\n{below}", no_wrap=True), refresh=True)
         elif time.monotonic() - self._last_line_at >= PLAIN_EVERY_S or event.metrics.step == event.total_steps:
             self._last_line_at = time.monotonic()
             self.note(f"{progress}  {measures}")
+
+    def _status(self, total_steps: int) -> tuple[str, str]:
+        return status(self._recent, total_steps, self._bits_per_byte, self._usd_per_hour)
+
+    def _more_lines(self) -> list[str]:
+        """What a terminal shows below the measures."""
+        return []
 
 
 def status(
     recent: list[StepMetrics], total_steps: int, bits_per_byte: float | None, usd_per_hour: float | None
 ) -> tuple[str, str]:
     """How far the run is, and how well: speed and time left from the mean of the recent steps."""
-    now, first = recent[-1], recent[0]
-    progress = [f"step {now.step:,}/{total_steps:,}"]
-    if now.step > first.step:
-        seconds_a_step = (now.train_s - first.train_s) / (now.step - first.step)
-        progress.append(f"left {duration(seconds_a_step * (total_steps - now.step))}")
+    now = recent[-1]
+    progress = how_far(recent, total_steps)
     if usd_per_hour is not None:
         progress.append(f"${now.train_s / 3600 * usd_per_hour:.4f}")
     measures = [f"loss {now.loss:.3f}"]
@@ -79,6 +84,15 @@ def status(
     speed = len(recent) / sum(1 / step.tokens_per_s for step in recent)
     measures += [f"{speed:,.0f} tok/s", f"busiest expert +{now.max_vio:.0%}"]
     return "  ".join(progress), "  ".join(measures)
+
+
+def how_far(recent: list[StepMetrics], total_steps: int) -> list[str]:
+    """The step, and the time left as soon as it can be told."""
+    now, first = recent[-1], recent[0]
+    if now.step == first.step:
+        return [f"step {now.step:,}/{total_steps:,}"]
+    seconds_a_step = (now.train_s - first.train_s) / (now.step - first.step)
+    return [f"step {now.step:,}/{total_steps:,}", f"left {duration(seconds_a_step * (total_steps - now.step))}"]
 
 
 _SCORES = {"eval_loss": "held-out loss {:.3f}", "bits_per_byte": "{:.3f} bits a byte"}

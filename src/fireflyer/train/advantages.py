@@ -6,39 +6,41 @@ over the whole batch to what the objective divides by, so that no way of splitti
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-LengthRule = Literal["answer", "token", "constant"]
+from fireflyer.train.settings import LengthRule
 
 _TINY = 1e-6
 """Beside the standard deviation: only keeps rewards that differ by rounding from being blown up."""
 
 
-def group_advantages(rewards_PG: Tensor, *, by_std: bool = True) -> Tensor:
+def group_advantages(rewards_PG: Tensor, graded_PG: Tensor | None = None, *, by_std: bool = True) -> Tensor:
     """A = (r - mean) / std over each group (V3 report, eq. 28); without `by_std` r - mean (Dr. GRPO, arXiv 2503.20783).
 
     Args:
-        rewards_PG: (P, G) finite; G at least 2.
+        rewards_PG: (P, G), finite where graded; G at least 2.
+        graded_PG: (P, G) bool, which answers have a reward at all: the others belong to no group. Default: all.
         by_std: divide by the group's standard deviation (population, as the report writes it).
 
     Returns:
-        (P, G) fp64, each row with the sum 0; exactly 0 in rows whose rewards are all equal.
+        (P, G) fp64, each row with the sum 0; exactly 0 in rows whose rewards are all equal, and for what has no reward.
     """
-    rewards_PG = rewards_PG.double()
-    # A mean of equal numbers is off by rounding, and divided by a deviation of that size it would be a whole advantage.
-    equal_P1 = (rewards_PG == rewards_PG[:, :1]).all(1, keepdim=True)
-    centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    graded_PG = torch.ones_like(rewards_PG, dtype=torch.bool) if graded_PG is None else graded_PG
+    rewards_PG = rewards_PG.double().masked_fill(~graded_PG, 0.0)
+    count_P1 = graded_PG.sum(1, keepdim=True).clamp(min=1)
+    centred_PG = (rewards_PG - rewards_PG.sum(1, keepdim=True) / count_P1).masked_fill(~graded_PG, 0.0)
     if by_std:
-        centred_PG = centred_PG / (centred_PG.square().mean(1, keepdim=True).sqrt() + _TINY)
-    return centred_PG.masked_fill(equal_P1, 0.0)
+        centred_PG = centred_PG / ((centred_PG.square().sum(1, keepdim=True) / count_P1).sqrt() + _TINY)
+    # A mean of equal numbers is off by rounding, and divided by a deviation of that size it would be a whole advantage.
+    return centred_PG.masked_fill(equal_groups(rewards_PG, graded_PG)[:, None], 0.0)
 
 
-def equal_groups(rewards_PG: Tensor) -> Tensor:
-    """(P,) whether all of a group's rewards are equal: it teaches nothing."""
-    return (rewards_PG == rewards_PG[:, :1]).all(1)
+def equal_groups(rewards_PG: Tensor, graded_PG: Tensor) -> Tensor:
+    """(P,) whether all rewards of a group are equal, or it has fewer than two: it teaches nothing."""
+    low_P = rewards_PG.masked_fill(~graded_PG, float("inf")).amin(1)
+    high_P = rewards_PG.masked_fill(~graded_PG, float("-inf")).amax(1)
+    return low_P >= high_P
 
 
 def token_weights(lengths_N: Tensor, rule: LengthRule, max_tokens: int) -> Tensor:

@@ -119,6 +119,49 @@ class ParallelSettings(Table):
     recompute: bool = False
 
 
+LengthRule = Literal["answer", "token", "constant"]
+Judge = Literal["auto", "exact", "number", "math", "code"]
+
+
+class GrpoSettings(Table):
+    """[grpo]: problems, rewards, and the objective (report 5.2.2) with its named corrections.
+
+    environment: a reasoning-gym name, with `options` as KEY=VALUE of its data set; a JSONL file; or a Python file.
+    judge: how a JSONL file's answers are compared; "auto" looks at them.
+    prompt, system: "chat" asks in the checkpoint's chat template, "raw" puts the problem as it stands.
+    group_size: answers to each problem; updates: optimizer steps for each set of rollouts.
+    max_answer_tokens: where an answer is cut off; answers_at_once: how many are written at the same time.
+    answer_weight, format_weight: of the grader's reward, and of 1 for the form thought, answer, end.
+    normalize_std false and length_rule "constant" are Dr. GRPO's; length_rule "token" and a clip_high above clip_low
+    DAPO's. kl_weight: β, towards the checkpoint that the run began from; 0 needs no reference model.
+    mask_truncated: answers that were cut off only count within their group. routing_replay: an update takes the experts
+    that its rollouts took. held_out: problems kept for evaluation. grade_timeout_s, grade_memory_mib: limits of
+    grading one answer.
+    """
+
+    environment: str = ""
+    options: list[str] = []
+    judge: Judge = "auto"
+    prompt: Literal["chat", "raw"] = "chat"
+    system: str | None = None
+    group_size: Annotated[int, Field(ge=2)] = 16
+    updates: Annotated[int, Field(ge=1)] = 1
+    max_answer_tokens: Annotated[int, Field(ge=1)] = 256
+    answers_at_once: Annotated[int, Field(ge=1)] = 128
+    answer_weight: NotNegative = 1.0
+    format_weight: NotNegative = 0.1
+    normalize_std: bool = True
+    length_rule: LengthRule = "answer"
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Positive = 0.2
+    kl_weight: NotNegative = 0.001
+    mask_truncated: bool = False
+    routing_replay: bool = False
+    held_out: Annotated[int, Field(ge=0)] = 64
+    grade_timeout_s: Positive = 10.0
+    grade_memory_mib: Annotated[int, Field(ge=64)] = 1024
+
+
 class LoraSettings(Table):
     """[lora]: train low-rank adapters beside frozen weights: W + alpha / rank · B A.
 
@@ -180,6 +223,7 @@ class Recipe(Table):
     parallel: ParallelSettings = ParallelSettings()
     lora: LoraSettings | None = None
     dpo: DpoSettings | None = None
+    grpo: GrpoSettings | None = None
 
     @property
     def batch_ramp(self) -> BatchRamp:

@@ -98,7 +98,7 @@ def open_inputs(recipe: Recipe, run_dir: Path, stored: Recipe | None, on_event: 
     Raises UserError.
     """
     recipe = choose(recipe if stored is None else take_stored_choices(recipe, stored))
-    for name, table in (("lora", recipe.lora), ("dpo", recipe.dpo)):
+    for name, table in (("lora", recipe.lora), ("dpo", recipe.dpo), ("grpo", recipe.grpo)):
         if table is not None:
             raise UserError(f"the recipe has [{name}], which is for post-training, as fireflyer sft; leave it out")
     data = recipe.data

@@ -47,8 +47,9 @@ def open_chats(recipe: Recipe, run_dir: Path, stored: Recipe | None, on_event: C
 
 def check_post_training(recipe: Recipe, table: str | None = None) -> None:
     """What every kind of post-training asks of a recipe; `table` is its own. Raises UserError."""
-    if recipe.dpo is not None and table != "dpo":
-        raise UserError("the recipe has [dpo], which is for fireflyer dpo; leave it out")
+    for name, given in (("dpo", recipe.dpo), ("grpo", recipe.grpo)):
+        if given is not None and table != name:
+            raise UserError(f"the recipe has [{name}], which is for fireflyer {name}; leave it out")
     if recipe.init_from is None:
         raise UserError("post-training begins from a model: give --from CHECKPOINT")
     if not recipe.data.sources:
