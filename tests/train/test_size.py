@@ -43,13 +43,13 @@ def test_larger_models_are_wider_slower_to_learn_and_see_more() -> None:
     ("length", "steps"), [([], None), (["tokens=3M"], None), (["steps=700"], 700), (["tokens='1B'"], None)]
 )
 def test_rate_and_batch_follow_the_fits_at_the_compute_of_the_run(length: list[str], steps: int | None) -> None:
-    """arXiv 2401.02954, equations 1 and 2 of section 3, with C from the recipe that came out."""
+    """The batch of arXiv 2401.02954, section 3, with C from the recipe that came out; the rate's own law."""
     recipe = load_recipe(size="4M", overrides=length)
     model, tokens = recipe.model, recipe.total_tokens
     assert tokens is not None
     scale = training_flops_per_token(model, recipe.seq_len) - 6 * model.vocab_size * model.hidden_size
     compute = scale * tokens
-    assert recipe.schedule.lr == pytest.approx(0.3118 * compute**-0.125, rel=0.06)
+    assert recipe.schedule.lr == pytest.approx(2.2e-4 * (3.5e24 / compute) ** 0.075, rel=0.06)
     assert recipe.batch_size * recipe.seq_len == pytest.approx(0.2920 * compute**0.3271, rel=0.06)
     if not length:
         assert scale == pytest.approx(0.1715 * compute**0.5243, rel=0.03)
@@ -91,3 +91,10 @@ def test_the_command_takes_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["tokens"] == 1_000_000
     assert facts["parameters"]["total"] == pytest.approx(2e6, rel=0.06)
     assert main(["pretrain", "--size", "2X", "--dry-run"]) == 2
+
+
+def test_at_v3s_size_the_rule_gives_v3s_own_rate() -> None:
+    recipe, v3 = load_recipe(size="671B", overrides=["tokens='14.8T'"]), load_recipe("deepseek-v3")
+    assert recipe.schedule.lr == pytest.approx(v3.schedule.lr, rel=0.03)
+    assert recipe.model.num_hidden_layers == v3.model.num_hidden_layers
+    assert recipe.model.hidden_size == pytest.approx(v3.model.hidden_size, rel=0.03)

@@ -1,10 +1,11 @@
 """The size dial: one number, the parameters, decides the model's shape, its learning rate, batch and tokens. No torch.
 
-The shape follows V3's proportions as far as a small width allows. Learning rate, batch and tokens follow the fits of
-DeepSeek LLM (arXiv 2401.02954, section 3), which take the model's scale as M, the training FLOPs a token without the
-vocabulary: tokens D = 5.8316 C^0.4757 where M = 0.1715 C^0.5243; for the compute C = M D of a run, whatever its length,
-a peak rate of 0.3118 C^-0.1250 and a batch of 0.2920 C^0.3271 tokens. Those were fitted on dense models; how far they
-hold here is measured (docs/train.md).
+The shape follows V3's proportions as far as a small width allows. Batch and tokens follow the fits of DeepSeek LLM
+(arXiv 2401.02954, section 3), which take the model's scale as M, the training FLOPs a token without the vocabulary:
+tokens D = 5.8316 C^0.4757 where M = 0.1715 C^0.5243; for the compute C = M D of a run, whatever its length, a batch of
+0.2920 C^0.3271 tokens. Its rate, 0.3118 C^-0.1250, is right for V2-Lite and V3 and four times too high for models of a
+million parameters (swept here: docs/train.md); so the peak rate is V3's own 2.2e-4 at V3's compute, and grows to the
+small ones by (3.5e24 / C)^0.075, which meets both sweeps.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fireflyer.cost.parameters import count_parameters
 from fireflyer.errors import UserError
 from fireflyer.train.quantities import parse_quantity
 
+V3_RATE, V3_COMPUTE = 2.2e-4, 3.5e24
 SMALLEST, LARGEST = 200_000, 2_000_000_000_000
 _WIDTH_STEP, _STEP = 16, 8
 _MINIMUM_STEPS = 100
@@ -54,7 +56,7 @@ def sized_settings(size: int, *, vocab_size: int | None, tokens: int | None, ste
         compute = (scale * steps * 0.2920) ** (1 / (1 - 0.3271))  # steps times the batch that this compute asks for
     tokens_of_run = compute / scale
     rows = max(1, round(min(_batch_tokens(compute), tokens_of_run / _MINIMUM_STEPS) / seq_len))
-    rate = _rounded(0.3118 * compute**-0.1250)
+    rate = _rounded(V3_RATE * (V3_COMPUTE / compute) ** 0.075)
     settings: dict[str, Any] = {
         "batch_size": rows,
         "seq_len": seq_len,
