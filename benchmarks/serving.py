@@ -15,22 +15,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command sets it; before torch loads, and for every contender
 
-import torch
 
+from benchmarks._decode import NEW, PROMPT, our_decode, peer_generate, python_share, random_prompts, timed
 from benchmarks._peer import small_model, transformers_model
 from benchmarks._result import ROOT, Proof, Table
 from fireflyer import LLM, SamplingParams
 from fireflyer.infer.options import EngineOptions
-from fireflyer.infer.stats import EngineStats
 
-PROMPT, NEW, ROUNDS = 128, 128, 5
+ROUNDS = 5
 NUM_REQUESTS, NUM_GROUPS, SHARED, OWN = 64, 8, 256, 32
 ARRIVAL_S = 1.0
 PEER_BATCHES = (1, 4, 16, 64)
@@ -115,27 +113,16 @@ def _tables(
     }
 
 
-def _prompts(count: int, length: int, seed: int) -> list[list[int]]:
-    generator = random.Random(seed)
-    return [[generator.randrange(2, 4096) for _ in range(length)] for _ in range(count)]
-
-
 def _requests() -> list[dict[str, Any]]:
     """Prompts that share their first 256 tokens with seven others, answers of 32 to 96, and when each arrives."""
     generator = random.Random(1)
-    shared = _prompts(NUM_GROUPS, SHARED, 2)
-    own = _prompts(NUM_REQUESTS, OWN, 3)
+    shared = random_prompts(NUM_GROUPS, SHARED, 2)
+    own = random_prompts(NUM_REQUESTS, OWN, 3)
     arrivals = sorted(generator.uniform(0, ARRIVAL_S) for _ in range(NUM_REQUESTS))
     return [
         {"prompt": shared[i % NUM_GROUPS] + own[i], "new_tokens": generator.randrange(32, 97), "arrives_s": arrivals[i]}
         for i in range(NUM_REQUESTS)
     ]
-
-
-def _timed(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 def _decode_rates(ours: LLM, theirs: dict[str, Any]) -> tuple[dict[int, dict[str, float]], float]:
@@ -146,55 +133,22 @@ def _decode_rates(ours: LLM, theirs: dict[str, Any]) -> tuple[dict[int, dict[str
     shares = []
     for turn in range(-1, ROUNDS):  # the first round warms up
         for batch, found in rates.items():
-            prompts = _prompts(batch, PROMPT, 100 + turn)
+            prompts = random_prompts(batch, PROMPT, 100 + turn)
             ours.engine.forget_prefixes()
-            rate, share = _our_decode(ours, prompts)
+            rate, share = our_decode(ours, prompts)
             if turn < 0:
                 for model in theirs.values():
-                    _generate(model, prompts, 4)
+                    peer_generate(model, prompts, 4)
                 continue
             found["fireflyer"].append(rate)
             if batch == 16:
                 shares.append(share)
             for name, model in theirs.items():
-                first = _timed(lambda: _generate(model, prompts, 1))  # noqa: B023 (called at once)
-                whole = _timed(lambda: _generate(model, prompts, NEW))  # noqa: B023
+                first = timed(lambda: peer_generate(model, prompts, 1))  # noqa: B023 (called at once)
+                whole = timed(lambda: peer_generate(model, prompts, NEW))  # noqa: B023
                 found[name].append(batch * (NEW - 1) / (whole - first))
     return {batch: {name: median(values) for name, values in found.items()} for batch, found in rates.items()}, median(
         shares
-    )
-
-
-def _our_decode(llm: LLM, prompts: list[list[int]]) -> tuple[float, float]:
-    params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
-    requests = [llm.make_request(prompt, params) for prompt in prompts]
-    for request in requests:
-        llm.engine.add(request)
-    while any(not request.answers[0].num_written for request in requests):
-        llm.engine.step()
-    before, began = llm.engine.stats, time.perf_counter()
-    while llm.engine.unfinished:
-        llm.engine.step()
-    seconds, after = time.perf_counter() - began, llm.engine.stats
-    return (after.generated_tokens - before.generated_tokens) / seconds, _python_share(before, after)
-
-
-def _python_share(before: EngineStats, after: EngineStats) -> float:
-    return 1 - (after.model_s - before.model_s) / (after.step_s - before.step_s)
-
-
-@torch.inference_mode()
-def _generate(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
-    length = max(map(len, prompts))
-    ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    model.generate(
-        ids,
-        attention_mask=mask,
-        do_sample=False,
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        pad_token_id=0,
     )
 
 
@@ -206,7 +160,7 @@ def _in_batches(theirs: dict[str, Any], requests: list[dict[str, Any]], batch: i
         began = time.perf_counter()
         for start in range(0, len(requests), batch):
             part = requests[start : start + batch]
-            _generate(model, [r["prompt"] for r in part], max(r["new_tokens"] for r in part))
+            peer_generate(model, [r["prompt"] for r in part], max(r["new_tokens"] for r in part))
         seconds.append(time.perf_counter() - began)
     return asked / min(seconds)
 
@@ -245,7 +199,7 @@ async def _arrive(llm: LLM, requests: list[dict[str, Any]]) -> dict[str, float]:
         "first_token_p99_s": waits[int(0.99 * (len(waits) - 1))],
         "prefix_hit_share": (after.prefix_hit_tokens - before.prefix_hit_tokens)
         / (after.prompt_tokens - before.prompt_tokens),
-        "python_share": _python_share(before, after),
+        "python_share": python_share(before, after),
     }
 
 
@@ -271,7 +225,7 @@ def _speculation() -> dict[str, float]:
         for name, llm in makers.items():
             llm.engine.forget_prefixes()
             before = llm.engine.stats
-            seconds[name].append(_timed(lambda: llm.generate(problem, params)))  # noqa: B023 (called at once)
+            seconds[name].append(timed(lambda: llm.generate(problem, params)))  # noqa: B023 (called at once)
             after = llm.engine.stats
             steps[name] += after.steps - before.steps
             drafted += after.drafted_tokens - before.drafted_tokens
@@ -292,7 +246,7 @@ def _vllm(checkpoint: Path, requests: list[dict[str, Any]]) -> dict[str, float] 
     if python is None:
         return None
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump({"prompts": _prompts(64, PROMPT, 9), "new_tokens": NEW, "requests": requests}, file)
+        json.dump({"prompts": random_prompts(64, PROMPT, 9), "new_tokens": NEW, "requests": requests}, file)
         file.flush()
         script = Path(__file__).with_name("_vllm.py")
         done = subprocess.run(
