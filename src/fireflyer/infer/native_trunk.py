@@ -283,9 +283,7 @@ class _Stack:
             layer.gate_up, layer.down = _matrix(dense.gate_up_proj), _matrix(dense.down_proj)
         if isinstance(block.mlp, MoE):
             gate = block.mlp.gate
-            router = gate.weight.detach().float().contiguous()
-            self._kept.append(router)
-            layer.router = dense_matrix(router)
+            layer.router = dense_matrix(gate.weight)
             if gate.e_score_correction_bias is not None:
                 layer.router_bias = self._fp32(gate.e_score_correction_bias)
             layer.experts.experts = config.n_routed_experts

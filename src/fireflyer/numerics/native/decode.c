@@ -22,7 +22,7 @@
 typedef struct {
     FFMatrix q_a, q_b, kv_a, kv_b, o; /* q_a.data NULL: q_b takes the hidden state itself. kv_b is fp32 or bf16 */
     FFMatrix gate_up, down;           /* a dense layer's, or the shared experts'; data NULL: none */
-    FFMatrix router;                  /* fp32 (E, D); data NULL: a dense layer */
+    FFMatrix router;                  /* fp32 or bf16 (E, D); data NULL: a dense layer */
     const float *input_norm, *q_norm, *kv_norm, *post_norm, *router_bias;
     FFExperts experts; /* table NULL: the caller computes them, between two calls */
     void *slots;      /* (blocks * block_size, C) of the cache's kind */
