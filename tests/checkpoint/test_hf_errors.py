@@ -158,6 +158,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         edit_index(lambda weight_map: weight_map.update({EXPERT: SHARD})),
         [SHARD, f"'{EXPERT}' isn't in it, though {INDEX} says so"],
     ),
+    "a tensor in two shards": (
+        lambda folder: save_file(load_file(folder / SHARD) | {BIAS: torch.ones(8)}, folder / SHARD),
+        [SHARD, f"'{BIAS}' is in it and in 'model-0000", "get both anew"],
+    ),
     "index leaves a tensor out": (
         edit_index(lambda weight_map: weight_map.pop(EXPERT)),
         [f"holds '{EXPERT}', which {INDEX} doesn't list"],
@@ -285,7 +289,7 @@ def test_an_interrupted_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hf, "_plan_shards", interrupt)
+    monkeypatch.setattr(hf, "plan_shards", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_model(own_model(), tmp_path / "new")
     assert not list(tmp_path.iterdir())

@@ -54,7 +54,7 @@ __all__ = [
 
 MAX_SHARD_BYTES = 5_000_000_000
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -129,7 +129,7 @@ def save_model(
     """
     if tokenizer_from is None:
         tokenizer_from = _loaded_from.get(model)
-    elif not is_gguf(tokenizer_from) and not any((Path(tokenizer_from) / name).is_file() for name in _TOKENIZER_FILES):
+    elif not is_gguf(tokenizer_from) and not any((Path(tokenizer_from) / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{tokenizer_from}: no tokenizer.json or other tokenizer file is in it; give a folder with one")
     tensors = dict(stream_published(model))
     save_published(path, model.config, tensors, max_shard_bytes=max_shard_bytes, tokenizer_from=tokenizer_from)
@@ -216,7 +216,7 @@ def write_published(
     published["torch_dtype"] = str(dtypes[EMBEDDING]).removeprefix("torch.")
     _write_json(folder / CONFIG, published)
     sizes = {name: num_bytes(tensors[name], dtypes[name]) for name in sorted(tensors)}
-    shards = _plan_shards(sizes, max_shard_bytes)
+    shards = plan_shards(sizes, max_shard_bytes)
     for shard, names in shards.items():
         write_safetensors(folder / shard, {name: tensors[name] for name in names}, dtypes)
     if len(shards) > 1:
@@ -226,7 +226,7 @@ def write_published(
         copy_tokenizer(Path(tokenizer_from), folder)
 
 
-def _plan_shards(sizes: Mapping[str, int], max_shard_bytes: int | float) -> dict[str, list[str]]:
+def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int | float) -> dict[str, list[str]]:
     """File name to the tensors in it: neighbours by name, as many as fit."""
     groups: list[list[str]] = []
     room = 0.0
@@ -246,12 +246,13 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer's files of a checkpoint, as many as it has; a GGUF file's is written out."""
     """The tokenizer's files of a folder, as many as it has, or of a GGUF file."""
     if is_gguf(source):
         if (tokenizer := gguf_tokenizer(source)) is not None:
             tokenizer.save(folder)
         return
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 

@@ -31,7 +31,7 @@ from fireflyer.model.packed_experts import PackedExperts
 from fireflyer.numerics.integer import Kind, pack
 from fireflyer.numerics.linear import PackedLinear
 
-_ALIGNMENT = 64
+ALIGNMENT = 64
 """Of each file's first tensor: what the widest registers like."""
 
 
@@ -53,7 +53,7 @@ class PackedPlan:
     def write_shard(self, path: Path) -> None:
         """Write the file of this name. Raises OSError."""
         tensors = self.shards[path.name]
-        write_safetensors(path, tensors, alignment=_ALIGNMENT)
+        write_safetensors(path, tensors, alignment=ALIGNMENT)
 
     def index(self) -> dict[str, object]:
         """What model.safetensors.index.json says."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,8 @@ from fireflyer.numerics.fp8 import dequantize_block, scale_shape
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CONVERSION = "conversion.json"
+"""How far a conversion into the folder is."""
 ADAPTER_CONFIG = "adapter_config.json"
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,12 +56,16 @@ class BlockFP8Tensor:
         return self.weight.path
 
     def __getitem__(self, rows: slice, /) -> Tensor:
+        return self.read(rows, torch.float32)
+
+    def read(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Rows along the first axis, rounded once to `dtype`."""
         start, stop, _ = rows.indices(self.shape[0])
         height = self.block[0]
         first = start // height  # scales hold for whole rows of blocks, so read from the block's upper edge
         weight = self.weight[first * height : stop]
         scale_inv = self.scale_inv[first : -(-stop // height)]
-        return dequantize_block(weight, scale_inv, self.block)[start - first * height :]
+        return dequantize_block(weight, scale_inv, self.block, dtype)[start - first * height :]
 
 
 PublishedTensor = StoredTensor | BlockFP8Tensor | GGUFPublished
@@ -96,6 +102,8 @@ def _resolve(path: Path) -> Path:
         return path
     if (path / ADAPTER_CONFIG).is_file():
         raise UserError(_only_an_adapter(path))
+    if (path / CONVERSION).is_file():
+        raise UserError(f"{path}: a conversion that isn't finished; the command that began it goes on with it")
     if (path / CHECKPOINTS).is_dir():
         found = find_checkpoint(path)
         if found.path is None:
@@ -127,21 +135,28 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{folder}: its weights are packed as integers, which is for running them; give the checkpoint that it was"
             " converted from"
         )
-    tensors = _join_scales(list_tensors(folder), config, folder)
+    checkpoint = assemble(folder, config, list_tensors(folder))
+    for name, original in _copies(checkpoint.config):
+        if name in checkpoint.tensors:
+            _check_copy(name, checkpoint.tensors[name], original, checkpoint.tensors[original])
+    own = [place.name for place in published_places(checkpoint.config)]  # without the head that is the embedding again
+    return replace(checkpoint, tensors={name: checkpoint.tensors[name] for name in own})
+
+
+def assemble(folder: Path, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> Checkpoint:
+    """The checkpoint that stored tensors make up, each with its place, its shape and its scales. Raises UserError."""
+    tensors = _join_scales(stored, config, folder)
     if not any(_layer_of(name) >= config.num_hidden_layers for name in tensors):
         # transformers declares the MTP layer in every V3 config that it writes, and writes no MTP tensor.
         config = config.replace(num_nextn_predict_layers=0)
     config = config.replace(quantization_config=None)
     places = {place.name: place for place in published_places(config)}
-    for name in [name for name in tensors if _is_stray(name, config)]:
+    for name in [name for name in tensors if is_stray(name, config)]:
         del tensors[name]
     _check_names(folder, config, places, tensors)
     for name, place in places.items():
         _check_tensor(name, tensors[name], place)
-    for name, original in _copies(config, places):
-        if name in tensors:
-            _check_copy(name, tensors[name], original, tensors[original])
-    return Checkpoint(folder, config, {name: tensors[name] for name in places})
+    return Checkpoint(folder, config, tensors)
 
 
 def open_ema(checkpoint: Checkpoint) -> Checkpoint:
@@ -179,6 +194,7 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     if single.is_file() and SINGLE not in shards:
         raise UserError(f"{folder}: both {SINGLE} and {INDEX} are in it, and they differ; remove the one not meant")
     tensors: dict[str, StoredTensor] = {}
+    twice: list[StoredTensor] = []
     for shard in shards:
         if Path(shard).name != shard:
             raise UserError(f"{index}: names the file {shown(shard)}, which isn't in its folder; correct it")
@@ -194,9 +210,14 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
                 )
             if weight_map[name] == shard:
                 tensors[name] = stored
+            else:
+                twice.append(stored)
     for name, shard in weight_map.items():
         if name not in tensors:
             raise UserError(f"{folder / shard}: {shown(name, 120)} isn't in it, though {INDEX} says so; get both anew")
+    if twice:
+        name, other = shown(twice[0].name, 120), shown(weight_map[twice[0].name])
+        raise UserError(f"{twice[0].path}: {name} is in it and in {other}, where {INDEX} places it; get both anew")
     return tensors
 
 
@@ -211,7 +232,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def _join_scales(
-    stored: dict[str, StoredTensor], config: ModelConfig, folder: Path
+    stored: Mapping[str, StoredTensor], config: ModelConfig, folder: Path
 ) -> dict[str, StoredTensor | BlockFP8Tensor]:
     """FP8 weights with their scales as one; whatever isn't FP8 as it is."""
     quantization = config.quantization_config or {}
@@ -246,7 +267,7 @@ def _layer_of(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _is_stray(name: str, config: ModelConfig) -> bool:
+def is_stray(name: str, config: ModelConfig) -> bool:
     """Kimi-K2's files hold the rotary frequencies of each layer, which follow from the config. No other
     superfluous tensor is passed over."""
     match = _LAYER.fullmatch(name)
@@ -300,15 +321,13 @@ def _kind(tensor: StoredTensor | BlockFP8Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tensor.shape}"
 
 
-def _copies(config: ModelConfig, places: dict[str, Place]) -> list[tuple[str, str]]:
+def _copies(config: ModelConfig) -> list[tuple[str, str]]:
     """(name, the tensor it has to repeat): the MTP's embedding and head, and the head of a model that ties it."""
-    pairs = [(place.name, place.copy_of) for place in places.values() if place.copy_of is not None]
+    pairs = [(place.name, place.copy_of) for place in published_places(config) if place.copy_of is not None]
     return [*pairs, (HEAD, EMBEDDING)] if config.tie_word_embeddings else pairs
 
 
-def _check_copy(
-    name: str, copy: StoredTensor | BlockFP8Tensor, original_name: str, original: StoredTensor | BlockFP8Tensor
-) -> None:
+def _check_copy(name: str, copy: PublishedTensor, original_name: str, original: PublishedTensor) -> None:
     """The model has one embedding and one head. Passing over copies that differ would load another model than the
     files hold, so they are compared, chunk by chunk; of V3's 689 GB that reads 7 GB twice."""
     same = copy.shape == original.shape

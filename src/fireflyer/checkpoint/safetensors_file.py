@@ -154,24 +154,36 @@ def write_safetensors(
     bytes: wide dtypes first, as the format's alignment wants, then by name. `alignment`: of the first tensor in the
     file. Raises OSError."""
     stored = {name: (dtypes or {}).get(name, tensor.dtype) for name, tensor in tensors.items()}
-    names = sorted(tensors, key=lambda name: (-stored[name].itemsize, name))
+    header, offsets = lay_out({name: (stored[name], tuple(tensors[name].shape)) for name in tensors}, alignment)
+    with open(path, "wb") as file:
+        file.write(header)
+        for name in offsets:
+            for rows in row_chunks(tensors[name]):
+                file.write(as_bytes(rows, stored[name]))
+
+
+def lay_out(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], alignment: int = 8
+) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a file that holds tensors of these dtypes and shapes, and the file position of each tensor,
+    in their order in the file."""
+    offsets: dict[str, int] = {}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in names:
-        start, end = end, end + num_bytes(tensors[name], stored[name])
-        header[name] = {
-            "dtype": _CODES[stored[name]],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
-        }
+    for name in sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name)):
+        dtype, shape = tensors[name]
+        offsets[name], end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offsets[name], end]}
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-(8 + len(encoded)) % alignment)
-    with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name in names:
-            for rows in row_chunks(tensors[name]):
-                chunk = rows.detach().to(device="cpu", dtype=stored[name]).contiguous()
-                file.write(chunk.flatten().view(torch.uint8).numpy().data)
+    start = 8 + len(encoded)
+    return len(encoded).to_bytes(8, "little") + encoded, {name: start + at for name, at in offsets.items()}
+
+
+def as_bytes(rows: Tensor, dtype: torch.dtype) -> memoryview:
+    """The bytes of rows stored as `dtype`."""
+    chunk = rows.detach().to(device="cpu", dtype=dtype).contiguous()
+    return chunk.flatten().view(torch.uint8).numpy().data
 
 
 def num_bytes(tensor: TensorRows, dtype: torch.dtype) -> int:

@@ -19,6 +19,7 @@ from fireflyer import __version__
 from fireflyer.cli import (
     bench,
     chat,
+    convert,
     demo,
     dpo,
     export,
@@ -41,6 +42,7 @@ VERBS = {
     "grpo": grpo,
     "dpo": dpo,
     "export": export,
+    "convert": convert,
     "generate": generate,
     "chat": chat,
     "serve": serve,
