@@ -25,6 +25,8 @@ CACHE = Path(os.environ.get("FIREFLYER_PROOF_CACHE", Path.home() / ".cache" / "f
 
 Format = Literal["Q8_0", "Q4_0"]
 
+_PLAIN = "attn_[kv]_b=CPU"
+"""Without it, llama.cpp lays the per-head matrices out for AMX where there is such, and then has no product for them."""
 _BLOCK = 32
 _ROWS_AT_ONCE = 1 << 22
 
@@ -81,7 +83,7 @@ def bench(model: Path, threads: int, prompt: int, new_tokens: int, repeats: int,
     """Tokens a second as llama-bench says with its own defaults: `prompt`, `decode`; 0 tokens leave one out."""
     done = subprocess.run(
         [str(build()), "-m", str(model), "-t", str(threads), "-p", str(prompt), "-n", str(new_tokens),
-         "-r", str(repeats), "-d", str(depth), "-o", "json"],
+         "-r", str(repeats), "-d", str(depth), "-ot", _PLAIN, "-o", "json"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
