@@ -97,7 +97,7 @@ void ff_barrier(const FFTeam *team) {
         return;
     }
     for (int spins = 0; __atomic_load_n(round, __ATOMIC_ACQUIRE) == now; spins++) {
-        if (spins < 4000) pause_briefly();
+        if (spins < 300) pause_briefly();
         else sched_yield(); /* another process has the core of a thread that we wait for */
     }
 }
