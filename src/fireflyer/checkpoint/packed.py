@@ -77,9 +77,9 @@ def plan_packed(config: ModelConfig, tensors: Mapping[str, TensorRows], kind: Ki
     return PackedPlan(config.replace(quantization_config=fmt.to_dict()), shards)
 
 
-def pack_checkpoint(checkpoint: Checkpoint, kind: Kind) -> Decoder:
+def pack_checkpoint(checkpoint: Checkpoint, kind: Kind | PackedFormat) -> Decoder:
     """A checkpoint's Decoder with packed weights. Memory stays within the packed model and one tensor of the source."""
-    fmt = PackedFormat(kind)
+    fmt = kind if isinstance(kind, PackedFormat) else PackedFormat(kind)
     model = packed_decoder(checkpoint.config, fmt)
     for name, rows in _packed_rows(checkpoint.config, checkpoint.tensors, fmt).items():
         whole = torch.empty(rows.shape, dtype=rows.dtype)
