@@ -36,7 +36,9 @@ from fireflyer.errors import UserError
 _SOURCE = str(Path(fireflyer.__file__).parents[1])
 # -c puts the current folder first, where anything may lie: our own takes its place, and goes too.
 _START = (
-    "import sys; sys.path[0] = {source!r}; from fireflyer.evaluate.sandbox_server import main; del sys.path[0]; main()"
+    "import sys; sys.path[0] = {source!r}; "
+    "from fireflyer.evaluate.sandbox_server import main; del sys.path[0]; "
+    "given = sys.argv[1:]; sys.argv[:] = ['program.py']; main(*given)"
 )
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
 _START_S, _GRACE_S = 60.0, 10.0

@@ -208,7 +208,6 @@ def run_program(job: Job) -> None:
     os.lseek(0, 0, os.SEEK_SET)
     module = type(sys)("__main__")
     sys.modules["__main__"] = module
-    sys.argv = ["program.py"]
     exec(compile(code, "program.py", "exec"), module.__dict__)
 
 
@@ -308,9 +307,9 @@ def _send(descriptor: int, message: dict[str, Any]) -> None:
         line = line[os.write(descriptor, line) :]
 
 
-def main() -> None:
-    """argv: the settings as JSON, then what is to be done: "program", "math", or the path of a grader's file."""
-    settings, target = Settings(**json.loads(sys.argv[1])), sys.argv[2]
+def main(settings_json: str, target: str) -> None:
+    """target: what is to be done: "program", "math", or the path of a grader's file."""
+    settings = Settings(**json.loads(settings_json))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who closes the pipe
     receive, send = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
