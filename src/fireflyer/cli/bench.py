@@ -106,7 +106,7 @@ def _facts(llm: LLM, speed: Speed, bandwidth: float | None) -> dict[str, Any]:
     import torch
 
     return {
-        "dtype": str(llm.model.dtype).removeprefix("torch."),
+        "dtype": _weights(llm),
         "threads": torch.get_num_threads(),
         "prefill_tokens_per_s": speed.prefill_tokens_per_s,
         "decode_tokens_per_s": speed.decode_tokens_per_s,
@@ -118,6 +118,14 @@ def _facts(llm: LLM, speed: Speed, bandwidth: float | None) -> dict[str, Any]:
         "mtp_acceptance": speed.mtp_acceptance,
         "expert_hit_rate": expert_hit_rate(llm.engine.stats),
     }
+
+
+def _weights(llm: LLM) -> str:
+    """What most of the weights are kept as."""
+    from fireflyer.numerics.linear import PackedLinear
+
+    layer = llm.model.get_submodule("model.layers.0.self_attn.o_proj")
+    return layer.shape.kind if isinstance(layer, PackedLinear) else str(llm.model.dtype).removeprefix("torch.")
 
 
 def _table(facts: dict[str, Any]) -> str:
