@@ -9,9 +9,9 @@ import torch
 
 from fireflyer.data.packing import NO_LABEL
 from fireflyer.model.decoder import Decoder, init_weights_
-from fireflyer.train.settings import GrpoSettings
 from fireflyer.train.policy_batch import PolicyBatch, Trial, collate
 from fireflyer.train.policy_update import PolicyPart, answer_logprobs, policy_part
+from fireflyer.train.settings import GrpoSettings
 from tests.tiny_run import tiny_recipe
 
 PAD = 2
@@ -79,7 +79,9 @@ def test_token_means_and_gradients_do_not_depend_on_the_split(rule: str):
     whole, grads = _run(model, batch, 7, settings)
     for rows in (1, 3, 4):
         parts, others = _run(model, batch, rows, settings)
-        assert sum(float(p.terms.loss.detach()) for p in parts) == pytest.approx(float(whole[0].terms.loss.detach()), abs=1e-6)
+        assert sum(float(p.terms.loss.detach()) for p in parts) == pytest.approx(
+            float(whole[0].terms.loss.detach()), abs=1e-6
+        )
         assert sum(p.tokens for p in parts) == whole[0].tokens
         assert sum(float(p.entropy) for p in parts) == pytest.approx(float(whole[0].entropy), rel=1e-5)
         assert sum(float(p.terms.kl) for p in parts) == pytest.approx(float(whole[0].terms.kl), rel=1e-4)

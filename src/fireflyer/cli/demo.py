@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fireflyer.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fireflyer.demo.run import DemoSummary
 
 DEFAULT_RUN = "runs/demo"
 
@@ -20,6 +25,11 @@ def add_parser(subparsers: Any) -> None:
         " problems it never saw, and print what it cost. The same command again goes on where it stopped.",
     )
     parser.add_argument("--run", metavar="DIR", default=DEFAULT_RUN, help=f"the run's folder (default {DEFAULT_RUN})")
+    parser.add_argument(
+        "--reason",
+        action="store_true",
+        help="go on from there, into DIR-reason: teach it to think, then harder problems by reinforcement learning",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and held-out problems (default 0)")
     parser.add_argument(
         "--usd-per-hour", type=float, metavar="X", help="price of this machine (default 0.10, about two cloud cores)"
@@ -31,17 +41,30 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import asdict
     from pathlib import Path
 
-    from fireflyer.cli.progress import Progress
-    from fireflyer.cli.signals import StopSignals
     from fireflyer.demo.receipt import receipt
-    from fireflyer.demo.run import USD_PER_HOUR, Scoring, run_demo
-    from fireflyer.train.events import Finished
+    from fireflyer.demo.run import USD_PER_HOUR
 
     usd_per_hour = USD_PER_HOUR if args.usd_per_hour is None else args.usd_per_hour
     if not 0 <= usd_per_hour < float("inf"):
         raise UserError(f"--usd-per-hour {usd_per_hour}: give the machine's price as a number from 0 up")
-    stream = sys.stderr if args.json else sys.stdout
-    with StopSignals() as stop, Progress(stream, usd_per_hour) as progress:
+    run_dir = Path(args.run)
+    summary = _demo(args, run_dir, usd_per_hour)
+    if args.reason:
+        return _reason(args, run_dir)
+    if args.json:
+        print(json.dumps({"run_dir": args.run, **asdict(summary)}))
+    else:
+        print("\n" + "\n".join(receipt(summary, run_dir)))
+    return 0
+
+
+def _demo(args: argparse.Namespace, run_dir: Path, usd_per_hour: float) -> DemoSummary:
+    from fireflyer.cli.progress import Progress
+    from fireflyer.cli.signals import StopSignals
+    from fireflyer.demo.run import Scoring, run_demo
+    from fireflyer.train.events import Finished
+
+    with StopSignals() as stop, Progress(sys.stderr if args.json else sys.stdout, usd_per_hour) as progress:
 
         def on_event(event: Any) -> None:
             if isinstance(event, Scoring):
@@ -52,11 +75,36 @@ def run(args: argparse.Namespace) -> int:
                 stop.on_event(event)
                 progress.on_event(event)
 
-        summary = run_demo(
-            Path(args.run), seed=args.seed, usd_per_hour=usd_per_hour, on_event=on_event, should_stop=stop.requested
+        return run_demo(
+            run_dir, seed=args.seed, usd_per_hour=usd_per_hour, on_event=on_event, should_stop=stop.requested
         )
+
+
+def _reason(args: argparse.Namespace, demo: Path) -> int:
+    from dataclasses import asdict
+
+    from fireflyer.checkpoint.run import write_text
+    from fireflyer.cli.grpo_view import GrpoProgress
+    from fireflyer.cli.signals import StopSignals
+    from fireflyer.demo.reason import GRPO, Stage, run_reason
+    from fireflyer.demo.reason_report import curve_svg, reason_lines
+    from fireflyer.train.events import Finished
+
+    folder = demo.with_name(f"{demo.name}-reason")
+    stream = sys.stderr if args.json else sys.stdout
+    with StopSignals() as stop, GrpoProgress(stream, folder / GRPO) as progress:
+
+        def on_event(event: Any) -> None:
+            if isinstance(event, Stage):
+                progress.note(event.text)
+            elif not isinstance(event, Finished):
+                stop.on_event(event)
+                progress.on_event(event)
+
+        summary = run_reason(folder, demo, seed=args.seed, on_event=on_event, should_stop=stop.requested)
+    write_text(folder / "curve.svg", curve_svg(summary))
     if args.json:
-        print(json.dumps({"run_dir": args.run, **asdict(summary)}))
+        print(json.dumps({"run_dir": str(folder), **asdict(summary)}))
     else:
-        print("\n" + "\n".join(receipt(summary, Path(args.run))))
+        print("\n" + "\n".join(reason_lines(summary, folder)))
     return 0
