@@ -15,12 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fireflyer import __version__
 from fireflyer.checkpoint.conversion_plan import PlannedFile
 from fireflyer.checkpoint.published import CONVERSION
 from fireflyer.checkpoint.run import write_text
 from fireflyer.config.messages import shown
 from fireflyer.errors import UserError
+
+VERSION = 1
+"""Of the bytes that a conversion writes and of the steps that it takes: raised with any change of either."""
 
 _LEFT_BY_A_KILL = f".{CONVERSION}.part"
 _NEW = "give a new folder, or empty this one"
@@ -28,14 +30,16 @@ _NEW = "give a new folder, or empty this one"
 
 @dataclass
 class Record:
-    """The content of conversion.json. `file`, `steps` and `bytes`: what of the file in hand is on disk for certain."""
+    """The content of conversion.json. `file` is the one in hand, in `num_steps` steps, of which `steps` are on disk
+    for certain, and `bytes` with them."""
 
     to: str
     max_shard_bytes: int
     source: dict[str, dict[str, int]]
-    version: str = __version__
+    version: int = VERSION
     finished: bool = False
     file: str = ""
+    num_steps: int = 0
     steps: int = 0
     bytes: int = 0
 
@@ -44,9 +48,10 @@ class Record:
         write_text(folder / CONVERSION, json.dumps(asdict(self), indent=1) + "\n")
 
     def can_go_on(self, folder: Path, file: PlannedFile) -> bool:
-        """Whether the unfinished file is there, of the size that it was given when it was begun."""
+        """Whether the unfinished file is there, begun with this size and these steps."""
         part = folder / part_name(file)
-        return self.file == file.name and part.is_file() and part.stat().st_size == file.num_bytes
+        begun = self.file == file.name and self.num_steps == len(file.steps)
+        return begun and part.is_file() and part.stat().st_size == file.num_bytes
 
 
 def fingerprint(files: Iterable[Path]) -> dict[str, dict[str, int]]:
@@ -83,7 +88,7 @@ def _read(path: Path) -> Record:
         record = Record(**content)
         for name, kind in (
             ("to", str),
-            ("version", str),
+            ("version", int),
             ("file", str),
             ("steps", int),
             ("bytes", int),
@@ -106,8 +111,8 @@ def _check_same(folder: Path, found: Record, wanted: Record) -> None:
         raise UserError(f"{begun}, in files of {shown(found.max_shard_bytes)} bytes, not {wanted.max_shard_bytes}")
     if found.version != wanted.version and not found.finished:
         raise UserError(
-            f"{begun} by fireflyer {shown(found.version)}, and this is {wanted.version}, which may write other bytes;"
-            f" go on with that version, or {_NEW}"
+            f"{begun} by a fireflyer that converts otherwise (version {found.version} of conversions, here"
+            f" {wanted.version}); go on with that one, or {_NEW}"
         )
 
 

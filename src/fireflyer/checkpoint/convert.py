@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 
-from fireflyer import __version__
 from fireflyer.checkpoint.conversion_plan import ConversionPlan, Piece, PlannedFile, Precision, plan_conversion
 from fireflyer.checkpoint.conversion_record import Record, find_record, fingerprint, is_whole, locked, part_name
 from fireflyer.checkpoint.gguf import is_gguf
@@ -183,7 +182,8 @@ class _Writer:
     def _begin(self, out: FileIO, file: PlannedFile) -> None:
         out.truncate(file.num_bytes)
         _write_at(out, 0, memoryview(file.header))
-        self._record.file, self._record.steps, self._record.bytes = file.name, 0, len(file.header)
+        record = self._record
+        record.file, record.num_steps, record.steps, record.bytes = file.name, len(file.steps), 0, len(file.header)
 
     def _take_steps(
         self, pool: ThreadPoolExecutor, saver: ThreadPoolExecutor, out: FileIO, number: int, file: PlannedFile
@@ -266,8 +266,8 @@ def _finish(conversion: Conversion) -> None:
     for path in folder.iterdir():
         if path.suffix != ".safetensors":
             sync(path)
-    record.version, record.finished, record.file, record.steps, record.bytes = __version__, True, "", 0, 0
-    record.write(folder)
+    finished = Record(record.to, record.max_shard_bytes, record.source, finished=True)
+    finished.write(folder)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -85,7 +85,7 @@ def list_by_name(
         if place.name not in names:
             continue
         dtype, scale = (torch.float32 if place.is_gate_bias else torch.bfloat16), scale_name(place.name)
-        if scale in names:
+        if place.is_quantized and scale in names:
             if block is None:
                 raise UserError(f"{source / CONFIG}: no quantization_config, but {scale} is there; take the original")
             dtype = torch.float8_e4m3fn

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fireflyer.config.sizes import show_bytes
 from fireflyer.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _convert(args: argparse.Namespace) -> Converted:
         conversion = prepare(args.checkpoint, args.folder, args.to)
         stop.begin()
         if conversion.present_bytes and not conversion.is_done:
-            bar.note(f"{args.folder}: {conversion.present_bytes / 1e9:,.2f} GB are there; going on")
+            bar.note(f"{args.folder}: {show_bytes(conversion.present_bytes)} are there; going on")
         return run(conversion, bar.on_progress, stop.requested)
 
 
@@ -144,7 +145,7 @@ class Bar:
 
         assert self._begun is not None
         parts = [
-            f"{progress.done_bytes / 1e9:,.2f} of {progress.total_bytes / 1e9:,.2f} GB",
+            f"{show_bytes(progress.done_bytes)} of {show_bytes(progress.total_bytes)}",
             f"file {progress.file} of {progress.num_files}",
         ]
         took, written = now - self._begun[0], progress.done_bytes - self._begun[1]
