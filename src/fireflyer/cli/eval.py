@@ -33,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Score a checkpoint. Each score has a 95% interval; prompts, answers, settings and hashes are kept "
         "in a folder. The same command again goes on where it stopped.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint or run folder")
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a checkpoint or run folder")
     parser.add_argument(
         "--tasks", metavar="A,B", help="what to score, as arithmetic (no file needed) or gsm8k; --list names them all"
     )
@@ -80,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print("\n".join(f"{task.name:<15} {task.what}" for task in TASKS.values()))
         return 0
+    if args.checkpoint is None:
+        raise UserError("name the checkpoint to score: fireflyer eval CHECKPOINT --tasks A,B")
     names = list(dict.fromkeys(name.strip() for name in (args.tasks or "").split(",") if name.strip()))
     if not names:
         raise UserError(f"name what to score with --tasks; there are {', '.join(TASKS)}")
@@ -311,4 +313,5 @@ def _shown(key: str, value: Mapping[str, Any]) -> str:
     if value["low"] is None:
         return f"{value['value']:>8{form}}  (of one problem)"
     interval = f"{value['low']:{form}} to {value['high']:{form}}"
-    return f"{value['value']:>8{form}}  ({interval}; 95%, {value['method']}, {value['problems']:,} problems)"
+    problems = f"{value['problems']:,} problem{'s' * (value['problems'] != 1)}"
+    return f"{value['value']:>8{form}}  ({interval}; 95%, {value['method']}, {problems})"

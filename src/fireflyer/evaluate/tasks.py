@@ -174,7 +174,7 @@ def find_task(name: str) -> Task:
         inner = name.removeprefix("lm-eval:") or "NAME"
         raise UserError(
             f"{name}: lm-eval runs against the server: fireflyer serve CHECKPOINT --served-model-name m, then "
-            f"lm-eval run --model local-completions --tasks {inner} --model_args "
+            f"lm_eval --model local-completions --tasks {inner} --model_args "
             "model=m,base_url=http://127.0.0.1:8000/v1/completions (see docs/serve.md)"
         )
     guess = nearest(name, TASKS)
