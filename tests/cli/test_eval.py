@@ -114,6 +114,13 @@ def test_the_reports_protocols(tiny_checkpoint, here, capsys):
     assert protocol_sampling("r1", TASKS["math-500"]) == Sampling(0.6, 0.95, 64, 32768)
 
 
+def test_the_needle_s_map_lies_in_the_folder(tiny_checkpoint, here, capsys):
+    results = evaluate(capsys, tiny_checkpoint, "--tasks", "needle", "--lengths", "200,300", "--max-tokens", 3)
+    assert len(results["tasks"]["needle"]["map"]) == 10
+    assert (here / results["out"] / "needle.svg").read_text().startswith("<svg")
+    assert all("secret number" in record["prompt"] for record in records(results, "needle"))
+
+
 def test_stopped_and_gone_on_with(tiny_checkpoint, here, capsys, monkeypatch):
     """The records of a stopped evaluation, a torn line after them, are kept; the scores are those of a whole one."""
     data = write(here / "c.jsonl", *[{"question": "the", "choices": ["quick", "x"], "answer": n % 2} for n in range(5)])
@@ -175,6 +182,8 @@ def test_another_checkpoint_or_setting_is_refused(tiny_checkpoint, here, capsys)
         (["--tasks", "gsm8k", "--data", "aime=p.jsonl"], "aime is not among --tasks"),
         (["--tasks", "gsm8k", "--data", "good.jsonl", "--shots", "2"], "needs --examples gsm8k=FILE"),
         (["--tasks", "problems", "--data", "good.jsonl", "--grader", "maths"], "did you mean math"),
+        (["--tasks", "needle", "--lengths", "99999"], "--lengths 99999: the model's context is 50,000"),
+        (["--tasks", "arithmetic", "--lengths", "99"], "is for the task needle"),
         (["--tasks", "lm-eval:piqa"], "--tasks piqa"),
         (["--tasks", "arithmetic", "--grader", "exact"], "is for the task problems"),
     ],

@@ -45,6 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--examples", action="append", default=[], metavar="[TASK=]PATH", help="a file to take few-shot examples from"
     )
     parser.add_argument("--shots", type=int, metavar="N", help="examples before each problem; default: the task's")
+    parser.add_argument("--lengths", default="", metavar="N,N", help="for needle; default: 1024,2048,4096 tokens")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems of each task")
     parser.add_argument(
         "--grader",
@@ -110,6 +111,8 @@ def _asked(args: argparse.Namespace, names: Sequence[str]) -> Asked:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
     if args.seed >= 2**31:
         raise UserError(f"--seed is {args.seed}; it must be below 2^31")
+    if args.lengths and "needle" not in names:
+        raise UserError(f"--lengths {args.lengths} is for the task needle; leave it out")
     if args.grader is not None and "problems" not in names:
         raise UserError(f"--grader {args.grader} is for the task problems; the others have their own")
     return Asked(
@@ -118,7 +121,9 @@ def _asked(args: argparse.Namespace, names: Sequence[str]) -> Asked:
         top_p=args.top_p,
         samples=args.samples,
         max_tokens=args.max_tokens,
-        ks=_whole_numbers(args.k),
+        ks=_whole_numbers("--k", args.k),
+        lengths=_whole_numbers("--lengths", args.lengths) or (1024, 2048, 4096),
+        seed=args.seed,
         problem_seed=_problem_seed(Path(args.checkpoint)),
         limit=args.limit,
         shots=args.shots,
@@ -138,10 +143,10 @@ def _problem_seed(checkpoint: Path) -> int:
     return 0 if recipe is None else int(read_toml(recipe).get("seed", 0))
 
 
-def _whole_numbers(text: str) -> tuple[int, ...]:
+def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"--k is {text!r}; it must be whole numbers, as 1,8")
+        raise UserError(f"{option} is {text!r}; it must be whole numbers, as 8,64")
     return tuple(sorted({int(part) for part in parts}))
 
 
@@ -153,7 +158,7 @@ def _paths(option: str, given: Sequence[str], names: Sequence[str]) -> dict[str,
     for entry in given:
         name, equals, path = entry.partition("=")
         if not equals or name not in TASKS:
-            readers = [name for name in names if name != "arithmetic"]
+            readers = [name for name in names if name not in ("arithmetic", "needle")] or ["needle"]
             if len(readers) != 1:
                 raise UserError(f"{option} {entry}: say which task it is for, as {option} TASK=PATH")
             name, path = readers[0], entry
@@ -245,6 +250,11 @@ def _load(args: argparse.Namespace) -> LLM:
 
 def _check_room(llm: LLM, prepared: Sequence[Prepared]) -> None:
     for each in prepared:
+        longest = max(each.settings["lengths"] or [0])
+        if longest >= llm.max_length:
+            raise UserError(
+                f"--lengths {longest}: the model's context is {llm.max_length:,} tokens, answer included; give less"
+            )
         if each.task.kind == "generate" and each.sampling.max_tokens > llm.max_length:
             print(
                 f"{each.task.name}: answers of {each.sampling.max_tokens:,} tokens don't fit into the model's context "

@@ -14,6 +14,7 @@ from typing import Any
 from fireflyer.evaluate.choices import ContinuationScorer, document_logprob, encode_continuation
 from fireflyer.evaluate.generation import ArithmeticGrader, written_records
 from fireflyer.evaluate.graders import Graders
+from fireflyer.evaluate.needle import needle_map, needle_svg
 from fireflyer.evaluate.prepare import Prepared, prompt_ids, stop_texts
 from fireflyer.evaluate.records import EvaluationFolder
 from fireflyer.evaluate.scores import Score, majority_at_k, pass_at_k, score
@@ -54,7 +55,10 @@ def evaluate_task(
         records[record["number"]] = record
         values.append(_main_value(prepared, record))
         on_progress(Progress(name, len(records), prepared.total, mean(values)))
-    return summarise(prepared, [records[number] for number in sorted(records)])
+    summary = summarise(prepared, [records[number] for number in sorted(records)])
+    if "map" in summary:
+        folder.write("needle.svg", needle_svg(summary["map"], "found, by tokens of the text and depth of the needle"))
+    return summary
 
 
 def summarise(prepared: Prepared, records: Sequence[Record]) -> dict[str, Any]:
@@ -167,6 +171,7 @@ def _summarise_written(prepared: Prepared, records: Sequence[Record]) -> dict[st
         "samples": len(samples),
         "mean_tokens": mean(sample["tokens"] for sample in samples),
         "cut_short": mean(float(sample["finish_reason"] == "length") for sample in samples),
+        **({"map": needle_map(prepared.items, records)} if prepared.task.name == "needle" else {}),
         "notes": {note: notes.count(note) for note in sorted(set(notes), key=notes.count, reverse=True)[:5]},
     }
 

@@ -15,6 +15,7 @@ from fireflyer.data.documents import FileDocuments, find_files
 from fireflyer.data.files import ReadOptions
 from fireflyer.errors import UserError
 from fireflyer.evaluate.identity import data_identity
+from fireflyer.evaluate.needle import needle_items
 from fireflyer.evaluate.problems import Item
 from fireflyer.evaluate.tasks import Sampling, Task, Way, prompt, protocol_sampling, task_items
 from fireflyer.text.templates import CHAT_TEMPLATE
@@ -25,9 +26,9 @@ from fireflyer.text.tokenizer import Tokenizer
 class Asked:
     """Of all tasks; None: what the task or the protocol has.
 
-    ks: of pass@k and maj@k. problem_seed: of the run that trained on generated problems, whose others it never saw.
-    limit: only the first so many problems. prompt: "auto" is chat for a model that was taught
-    it. data, examples: files, by the task's name.
+    ks: of pass@k and maj@k. seed: of needles; problem_seed: of the run, which says what arithmetic it never saw.
+    limit: only the first so many problems. lengths: of needle's prompts, in tokens. prompt: "auto" is chat for a model
+    that was taught it. data, examples: files, by the task's name.
     """
 
     protocol: str | None = None
@@ -36,11 +37,13 @@ class Asked:
     samples: int | None = None
     max_tokens: int | None = None
     ks: tuple[int, ...] = ()
+    seed: int = 0
     problem_seed: int = 0
     limit: int | None = None
     shots: int | None = None
     prompt: Literal["auto", "chat", "plain"] = "auto"
     grader: str | None = None
+    lengths: tuple[int, ...] = (1024, 2048, 4096)
     data: Mapping[str, Path] = field(default_factory=dict)
     examples: Mapping[str, Path] = field(default_factory=dict)
 
@@ -87,6 +90,8 @@ def prepare(task: Task, asked: Asked, tokenizer: Tokenizer) -> Prepared:
         if path is None:
             raise UserError(f"{task.name} needs a file: --data {task.name}=FILE; {task.what}")
         documents = FileDocuments(str(path), find_files(path), ReadOptions())
+    elif task.name == "needle":
+        items = needle_items(tokenizer, way, asked.lengths, path, asked.seed)[: asked.limit]
     else:
         items = task_items(task, path, asked.problem_seed)[: asked.limit]
     pool, shots = _examples(task, asked, examples_path, way)
@@ -94,7 +99,8 @@ def prepare(task: Task, asked: Asked, tokenizer: Tokenizer) -> Prepared:
         "task": task.name,
         "data": None if path is None else {"path": str(path), "sha256": data_identity(path)},
         "examples": None if not pool else {"path": str(examples_path), "sha256": data_identity(_there(examples_path))},
-        "problem_seed": asked.problem_seed if task.form is None else None,
+        "problem_seed": asked.problem_seed if task.name == "arithmetic" else None,
+        "lengths": list(asked.lengths) if task.name == "needle" else None,
         "limit": asked.limit,
         "shots": shots,
         "prompt": {"way": way, "form": task.chat if way == "chat" else task.plain} if task.kind == "generate" else None,

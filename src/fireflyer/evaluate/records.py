@@ -49,9 +49,12 @@ class EvaluationFolder:
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Ends the evaluation."""
-        path = self.path / _RESULTS
-        with writing(path):
-            write_text(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        self.write(_RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        """A file of the folder, whole or not at all."""
+        with writing(self.path / name):
+            write_text(self.path / name, text)
 
     def records(self, task: str) -> dict[int, dict[str, Any]]:
         """What is there of a task, by number of the problem; a torn last line is dropped from the file too."""

@@ -142,6 +142,14 @@ TASKS = {
             ("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
         ),
         Task(
+            "needle",
+            "generate",
+            "a number hidden in a long text, at --lengths; --data: another text to hide it in",
+            grader="number",
+            stop=(".", "\n"),
+            sampling=Sampling(max_tokens=32),
+        ),
+        Task(
             "problems",
             "generate",
             'any {"problem", "answer"}; --grader says how they are judged',
@@ -184,8 +192,8 @@ def find_task(name: str) -> Task:
 
 
 def protocol_sampling(protocol: str | None, task: Task) -> Sampling:
-    """Of a task's answers under a protocol (None: the task's own). Arithmetic has answers of one length."""
-    if protocol is None or task.name == "arithmetic":
+    """Of a task's answers under a protocol (None: the task's own). Tasks that bring their problems keep theirs."""
+    if protocol is None or task.form is None:
         return task.sampling
     return PROTOCOLS[protocol](task)
 
