@@ -10,24 +10,32 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import torch
+
 from benchmarks._result import ROOT, Proof, Table
+from fireflyer.checkpoint.hf import load_model
+from fireflyer.checkpoint.run import newest_good_checkpoint
 from fireflyer.data.draws import permutation
+from fireflyer.demo.carrying import harder, question
 from fireflyer.demo.reason import COLD_START, examine
+from fireflyer.text.tokenizer import Tokenizer
 from fireflyer.train import grpo_run
 from fireflyer.train.environments import Environment, open_environment
 from fireflyer.train.judges import Grade, Problem
 from fireflyer.train.loop import train
 from fireflyer.train.recipe import load_recipe
+from fireflyer.train.rollout import Rollouts
 from fireflyer.train.settings import GrpoSettings
 from fireflyer.train.sft import open_chats
 
 SEEDS = (0, 1, 2)
-GAIN, ACCURACY, SECONDS = 0.30, 0.90, 600
+GAIN, ACCURACY, SECONDS, SPEED = 0.30, 0.90, 600, 4.0
 HELPS = 0.05
 """A control that must not help may differ by this much."""
 
@@ -59,11 +67,13 @@ class _Dealt:
 
 def main() -> Proof:
     """Three demos with three controls each."""
-    results, shown = [], ""
+    results, shown, speed = [], "", {}
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as folder:
             text, summary = _reason(seed, folder)
             shown = shown or text.replace(folder, "runs")
+            if seed == SEEDS[0]:
+                speed = _rollout_speed(Path(folder) / "demo-reason" / COLD_START)
             results.append({"seed": seed, **summary, "controls": _controls(seed, Path(folder) / "demo-reason")})
     figures = {
         "seeds": results,
@@ -71,6 +81,7 @@ def main() -> Proof:
         "accuracy_median": median(r["accuracy"] for r in results),
         "gained_min": min(r["gained"] for r in results),
         "seconds_max": max(r["cold_start_s"] + r["grpo_s"] for r in results),
+        "rollouts": speed,
         "gap_max": max(r["gap"] for r in results),
         "control_max": {name: max(r["controls"][name]["accuracy"] for r in results) for name in results[0]["controls"]},
     }
@@ -86,9 +97,16 @@ def main() -> Proof:
     ]
     rows = [_row(result) for result in results]
     spread = ["mean", *(f"{mean(float(row[i][:-1]) for row in rows):.1f}%" for i in range(1, len(columns)))]
-    tables = {"controls": Table(columns, [*rows, spread])}
+    per_second = [[name, f"{speed[name]:,.0f}"] for name in ("fireflyer", "transformers")]
+    tables = {
+        "controls": Table(columns, [*rows, spread]),
+        "rollouts": Table(["rollouts by", "tokens/s"], [*per_second, ["ratio", f"{speed['ratio']:.1f}"]]),
+    }
+    missed = [line for result in results for line in _missed(result)]
+    if speed["ratio"] < SPEED:
+        missed.append(f"rollouts {SPEED:g} times as fast as transformers' generate: {speed['ratio']:.2f}")
     outputs = {"run": f"$ fireflyer demo --reason\n{shown}", "result": shown[shown.index("\n\n") + 2 :]}
-    return Proof(figures, tables, outputs, [line for result in results for line in _missed(result)])
+    return Proof(figures, tables, outputs, missed)
 
 
 def _reason(seed: int, folder: str) -> tuple[str, dict[str, Any]]:
@@ -97,6 +115,42 @@ def _reason(seed: int, folder: str) -> tuple[str, dict[str, Any]]:
     subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
     done = subprocess.run([*command, "--reason"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout, json.loads(Path(f"{folder}/demo-reason/summary.json").read_text(encoding="utf-8"))
+
+
+def _rollout_speed(run: Path) -> dict[str, float]:
+    """One step's rollouts, by the engine and by transformers' generate with log-probabilities, in turn; medians."""
+    from transformers import DeepseekV3ForCausalLM
+
+    model, tokenizer = load_model(run, dtype=torch.float32), Tokenizer.from_file(run)
+    peer: Any = DeepseekV3ForCausalLM.from_pretrained(newest_good_checkpoint(run), dtype=torch.float32).eval()
+    problems = harder(0, 16, held_out=10)
+    prompts = [tokenizer.encode_chat([{"role": "user", "content": question(p)}]) for p in problems]
+    ids_BT = torch.tensor([prompt for prompt in prompts for _ in range(8)])
+    rollouts = Rollouts(model, tokenizer, max_length=80, at_once=128)
+    found: dict[str, list[float]] = {"fireflyer": [], "transformers": []}
+    for turn in range(7):
+        began = time.perf_counter()
+        groups = rollouts.answer(prompts, list(range(turn * 16, turn * 16 + 16)), group_size=8, max_tokens=58)
+        tokens = sum(len(answer.token_ids) for group in groups for answer in group)
+        found["fireflyer"].append(tokens / (time.perf_counter() - began))
+        began = time.perf_counter()
+        with torch.inference_mode():
+            out = peer.generate(
+                ids_BT,
+                attention_mask=torch.ones_like(ids_BT),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=58,
+                eos_token_id=tokenizer.eos_id,
+                pad_token_id=tokenizer.pad_id,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            torch.stack(out.logits, 1).log_softmax(-1)
+        tokens = int((out.sequences[:, ids_BT.shape[1] :] != tokenizer.pad_id).sum())
+        found["transformers"].append(tokens / (time.perf_counter() - began))
+    ours, theirs = median(found["fireflyer"]), median(found["transformers"])
+    return {"fireflyer": ours, "transformers": theirs, "ratio": ours / theirs}
 
 
 def _controls(seed: int, folder: Path) -> dict[str, dict[str, Any]]:
