@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tiny_run import SETTINGS, checkpoint_bytes, tiny_recipe
@@ -18,10 +18,13 @@ from fireflyer.checkpoint.run import list_checkpoints, newest_good_checkpoint
 from fireflyer.checkpoint.run_folder import METRICS, SAMPLES, read_metrics
 from fireflyer.errors import Stopped, UserError
 from fireflyer.train import events
+from fireflyer.train.grpo import GrpoSource
 from fireflyer.train.grpo_run import open_grpo
+from fireflyer.train.judges import Grade, Problem
 from fireflyer.train.loop import train
 from fireflyer.train.recipe import load_recipe
-from fireflyer.train.settings import Recipe
+from fireflyer.train.rollout import Rollout
+from fireflyer.train.settings import GrpoSettings, Recipe
 
 STEPS = 5
 TIMES = {"rollout_s", "scoring_s", "update_s", "rollout_tokens_per_s", "train_s", "tokens_per_s", "peak_memory_bytes"}
@@ -226,6 +229,47 @@ def test_what_is_wrong_is_told_before_the_run(
         train(recipe(checkpoint, grader, **settings), tmp_path / "run", opener=open_grpo)
     assert words in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_problems_without_end_that_are_too_long_are_passed_over():
+    class Lengthening:
+        name, num_problems = "lengthening", None
+
+        def fingerprint(self) -> str:
+            return ""
+
+        def problem(self, index: int) -> Problem:
+            return Problem("a" * (200 if index % 3 else 5), index, f"problem {index}")
+
+        def grade(self, problems: Any, answers: Any) -> Any:
+            return [Grade(1.0, True) for _ in answers]
+
+        def close(self) -> None:
+            pass
+
+    class Prompts:
+        def encode(self, text: str, where: str) -> tuple[str, list[int]]:
+            if len(text) > 100:
+                raise UserError(where)
+            return text, [1]
+
+    class Answers:
+        def answer(self, prompts: Any, seeds: Any, *, group_size: int, max_tokens: int) -> Any:
+            return [[Rollout([3], [-1.0], "a", True, None)] * group_size for _ in prompts]
+
+    source: Any = GrpoSource(
+        GrpoSettings(group_size=2),
+        cast(Any, Answers()),
+        Lengthening(),
+        cast(Any, Prompts()),
+        seed=0,
+        pad_id=2,
+        held_out=0,
+        on_samples=lambda samples: None,
+        on_notice=lambda text: None,
+    )
+    assert source.next_batch(6).num_rows == 6
+    assert source.state_dict()["drawn"] == 7  # problems 0, 3 and 6
 
 
 def test_other_runs_refuse_the_table(tmp_path: Path):

@@ -30,6 +30,7 @@ from fireflyer.train.settings import GrpoSettings
 Reference = Callable[[Sequence[tuple[list[int], list[int]]]], list[list[float]]]
 """(prompt, answer) ids in; log-probabilities of the answers' tokens by the reference model out."""
 
+_TOO_LONG_IN_A_ROW = 100
 _TELL_AGAIN = 10
 """Sets of rollouts without anything to learn after which it is said once more."""
 
@@ -150,8 +151,8 @@ class GrpoSource:
     def _collect(self, num_answers: int) -> list[Trial]:
         settings = self._settings
         began = time.perf_counter()
-        problems = [self._draw() for _ in range(num_answers // settings.group_size)]
-        prompts = [self._prompts.encode(problem.prompt, problem.where) for problem in problems]
+        asked = [self._ask() for _ in range(num_answers // settings.group_size)]
+        problems, prompts = [problem for problem, _ in asked], [prompt for _, prompt in asked]
         seeds = [words(self._seed, "answers", self._num_collected, place)[0] for place in range(len(problems))]
         answered = self._rollouts.answer(
             [ids for _, ids in prompts], seeds, group_size=settings.group_size, max_tokens=settings.max_answer_tokens
@@ -168,6 +169,19 @@ class GrpoSource:
         self._on_samples(_samples(groups))
         advantages = group_advantages(rewards_PG, graded_PG, by_std=settings.normalize_std).tolist()
         return self._trials(groups, advantages)
+
+    def _ask(self) -> tuple[Problem, tuple[str, list[int]]]:
+        """The next problem with its prompt. Of problems without end, those that are too long are passed over."""
+        for _ in range(_TOO_LONG_IN_A_ROW):
+            problem = self._draw()
+            try:
+                return problem, self._prompts.encode(problem.prompt, problem.where)
+            except UserError:
+                if self._num_problems is not None:
+                    raise
+        raise UserError(
+            f"{self._environment.name}: {_TOO_LONG_IN_A_ROW} problems in a row are too long for seq_len; raise it"
+        )
 
     def _draw(self) -> Problem:
         """The next problem: a finite environment's in an order of its own for each pass."""
