@@ -137,7 +137,7 @@ def _model_extras(service: Service) -> ModelExtras:
     tokenizer = service.tokenizer
     return ModelExtras(
         taught_to_chat=tokenizer is not None
-            and (tokenizer.taught_chat or tokenizer.chat_template not in (None, CHAT_TEMPLATE)),
+        and (tokenizer.taught_chat or tokenizer.chat_template not in (None, CHAT_TEMPLATE)),
         num_experts=service.llm.config.n_routed_experts or 0,
         max_output_tokens=service.settings.max_output_tokens,
     )
