@@ -42,7 +42,7 @@ GROUP = 32
 MAX_COLS = 65536
 """The most inputs whose products fit an int32: 255 · 127 · 65536 < 2^31."""
 
-_CHUNK = 1 << 22  # weights quantised at a time, which bounds the memory beside the weight itself
+_CHUNK = 1 << 17  # weights quantised at a time: what stays in a core's cache
 _SMALLEST = 1e-35  # rows below it count as zeros: 127 over a lesser maximum could overflow
 
 
@@ -180,14 +180,15 @@ def _pack_rows(wide: Tensor, packed: Tensor, shape: PackedShape, start: int) -> 
     scales[start : start + wide.shape[0]] = scale
     scaled = wide.div_(scale[:, None])
     if shape.kind == "int8":
-        value = scaled.round_().add_(128).to(torch.uint8)
-        laid = value.view(strips, STRIP, -1, 4).transpose(1, 2)
-        codes[start * cols :][: wide.numel()].view(laid.shape).copy_(laid)
+        quads = scaled.round_().add_(128).to(torch.uint8).view(torch.int32)  # four inputs move as one
+        laid = quads.view(strips, STRIP, -1).transpose(1, 2)
+        codes[start * cols :][: wide.numel()].view(torch.int32).view(laid.shape).copy_(laid)
         return
     code, step, zero = _steps_and_zeros(scaled.view(wide.shape[0], -1, GROUP))
     halves = code.view(strips, STRIP, -1, 2, GROUP // 4, 4)
-    laid = (halves[:, :, :, 0] | halves[:, :, :, 1] << 4).permute(0, 2, 3, 1, 4)  # strip, pair, quad, row, input
-    codes[start * cols // 2 :][: wide.numel() // 2].view(laid.shape).copy_(laid)
+    quads = (halves[:, :, :, 0] | halves[:, :, :, 1] << 4).view(torch.int32)
+    laid = quads.squeeze(4).permute(0, 2, 3, 1)  # strip, pair, quad, row
+    codes[start * cols // 2 :][: wide.numel() // 2].view(torch.int32).view(laid.shape).copy_(laid)
     both = ((zero - 8).to(torch.int8) * 16).view(torch.uint8) | step.to(torch.uint8)
     laid = both.view(strips, STRIP, -1).transpose(1, 2)
     groups[start * cols // GROUP :][: wide.numel() // GROUP].view(laid.shape).copy_(laid)
