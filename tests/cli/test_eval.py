@@ -147,6 +147,7 @@ def test_stopped_and_gone_on_with(tiny_checkpoint, here, capsys, monkeypatch):
     part = evaluate(capsys, tiny_checkpoint, *options, "--out", "part")
     assert asked == [[3, 4]]
     assert part["tasks"] == whole["tasks"]
+    assert records(part, "choices") == records(whole, "choices")
     assert evaluate(capsys, tiny_checkpoint, *options, "--out", "part") == part
 
 

@@ -45,6 +45,8 @@ def test_mathematics(graders):
     answers = [r"so \boxed{\frac{2}{4}}", "$0.5$", r"\boxed{0.25}", "no idea", ""]
     assert verdicts(grader, {"answer": r"\frac{1}{2}"}, *answers) == [True, True, False, False, False]
     assert verdicts(grader, {"answer": r"\left( 3, \frac{\pi}{2} \right)"}, r"\boxed{(3, \pi/2)}") == [True]
+    unfinished = r"<think>\boxed{0.5} or not"
+    assert verdicts(grader, {"answer": "0.5"}, unfinished, unfinished + r"</think>\boxed{0.5}") == [False, True]
     assert verdicts(grader, {"answer": "204"}, r"\boxed{204}", r"\boxed{9^{9^{9^{9}}}}") == [True, False]
 
 

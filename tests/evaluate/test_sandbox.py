@@ -84,7 +84,14 @@ def test_no_network_no_processes_no_signals(sandbox):
 def test_files_outside_its_folder_stay_as_they_are(sandbox, tmp_path):
     victim = tmp_path / "thesis.txt"
     victim.write_text("years of work")
-    changes = ["open(p, 'w')", "os.remove(p)", "os.truncate(p, 0)", "os.rename(p, p + 'x')", "open(p + 'y', 'w')"]
+    changes = [
+        "open(p, 'w')",
+        "open(p, 'r+')",
+        "os.remove(p)",
+        "os.truncate(p, 0)",
+        "os.rename(p, p + 'x')",
+        "open(p + 'y', 'w')",
+    ]
     outcomes = sandbox.run([(f"import os; p = {str(victim)!r}; {change}", "") for change in changes])
     assert all(outcome.status == "raised" for outcome in outcomes)
     assert victim.read_text() == "years of work"
@@ -111,8 +118,10 @@ def test_many_jobs_cost_little_and_keep_their_order(sandbox):
 
 
 def test_outcomes_do_not_depend_on_chance(sandbox):
-    code = "import random; print(random.random(), list({'a', 'b', 'c', 'd'}))"
-    assert len({outcome.stdout for outcome in sandbox.run([(code, "")] * 4)}) == 1
+    code = "import random; print(random.random(), list({'a', 'b', 'c', 'd', 'e', 'f'}))"
+    with Sandbox("program", LIMITS, workers=1) as another:
+        outcomes = sandbox.run([(code, "")] * 2) + another.run([(code, "")] * 2)
+    assert len({outcome.stdout for outcome in outcomes}) == 1
 
 
 def test_a_server_that_dies_is_replaced(sandbox):
@@ -122,8 +131,27 @@ def test_a_server_that_dies_is_replaced(sandbox):
     assert sandbox.run([("print(1)", "")])[0].stdout == "1\n"
 
 
+def test_jobs_that_a_dying_server_took_along_are_run_again(tmp_path):
+    """Once: one that ends every server is lost alone, and the run goes on."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import os, signal\n"
+        "def grade(problem, answer):\n"
+        "    if answer == 'always' or (answer == 'once' and not os.path.exists('been')):\n"
+        "        open('been', 'w').close()\n"
+        "        os.kill(os.getppid(), signal.SIGKILL)\n"
+        "    return 1\n"
+    )
+    with Sandbox(path, LIMITS, workers=1) as grader:
+        outcomes = grader.run([("{}", "first"), ("{}", "once"), ("{}", "last")])
+        assert [outcome.status for outcome in outcomes] == ["done"] * 3
+        (lost,) = grader.run([("{}", "always")])
+        assert (lost.status, "process that grades ended" in lost.note) == ("crashed", True)
+        assert grader.run([("{}", "after")])[0].value == 1.0
+
+
 def test_mathematics_apart():
-    with Sandbox("math", Limits(seconds=5, memory_mib=2048), workers=1) as judge:
+    with Sandbox("math", Limits(seconds=2, memory_mib=2048), workers=1) as judge:
         same, other, nothing, hostile = judge.run(
             [
                 (r"$\frac{1}{2}$", r"so it is $\boxed{0.5}$"),
