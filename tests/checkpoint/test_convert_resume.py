@@ -96,6 +96,8 @@ def test_killed_between_two_saves(sources: Path, tmp_path: Path) -> None:
     run(sources, tmp_path / "whole", "bf16")
     run(sources, tmp_path / "killed", "bf16", after=30)
     record = json.loads((tmp_path / "killed" / "conversion.json").read_text())
+    # What a full disk has left for the record to say so.
+    assert (tmp_path / "killed" / ".conversion.json.part").stat().st_size > 2 * len(json.dumps(record, indent=1))
     assert record["steps"] > 0
     part = tmp_path / "killed" / f"{record['file']}.part"
     earlier = tmp_path / "killed" / "conversion.json"

@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from fp8_checkpoint import PUBLISHED, SHAPE, write_config, write_fp8
 from published_models import edit_config, files_tensors, naive_listing
 
+from fireflyer.checkpoint.conversion_plan import Precision
 from fireflyer.checkpoint.names import published_names
+from fireflyer.cli.convert import PRECISIONS
 from fireflyer.cli.main import main
 from fireflyer.config import load_config
 from fireflyer.cost.memory import fp8_checkpoint_bytes
@@ -102,6 +105,10 @@ def test_a_folder_here_is_counted_before_it_is_converted(tmp_path: Path, capsys:
     out, err = capsys.readouterr()
     assert "converted already to bf16" in out
     assert err == ""
+
+
+def test_the_command_offers_every_precision() -> None:
+    assert get_args(Precision) == PRECISIONS
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import lcm, prod
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from fireflyer.model.packed import KINDS
 from fireflyer.numerics.fp8 import WEIGHT_BLOCK, quantize_block, scale_shape
 
 Precision = Literal["bf16", "fp32", "fp8", "int8", "int4"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 PUBLISHED_FP8: dict[str, Any] = {
     "activation_scheme": "dynamic",

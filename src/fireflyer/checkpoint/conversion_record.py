@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from fireflyer.errors import UserError
 VERSION = 1
 """Of the bytes that a conversion writes and of the steps that it takes: raised with any change of either."""
 
-_LEFT_BY_A_KILL = f".{CONVERSION}.part"
+_RESERVE = f".{CONVERSION}.part"
+_RESERVE_BYTES = 1 << 16
 _NEW = "give a new folder, or empty this one"
 
 
@@ -44,8 +45,12 @@ class Record:
     bytes: int = 0
 
     def write(self, folder: Path) -> None:
-        """Put it there, whole or not at all. Raises OSError."""
+        """Put it there, whole or not at all; until it says finished, keep room for its next version, since a full disk
+        is what it has to tell of. Raises OSError."""
         write_text(folder / CONVERSION, json.dumps(asdict(self), indent=1) + "\n")
+        if not self.finished:
+            with suppress(OSError):
+                (folder / _RESERVE).write_bytes(bytes(_RESERVE_BYTES))  # where write_text writes first
 
     def can_go_on(self, folder: Path, file: PlannedFile) -> bool:
         """Whether the unfinished file is there, begun with this size and these steps."""
@@ -73,7 +78,7 @@ def find_record(folder: Path, source: Path, wanted: Record) -> Record:
         entries = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     except OSError as error:
         raise UserError(f"{folder}: can't be used ({error.strerror}); give a folder that can be written to") from None
-    if not [name for name in entries if name != _LEFT_BY_A_KILL]:
+    if not [name for name in entries if name != _RESERVE]:
         return wanted
     if CONVERSION not in entries:
         raise UserError(f"{folder}: not empty, and no {CONVERSION} of an earlier start is in it; {_NEW}")
