@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fireflyer.data.arithmetic import Problem
+from fireflyer.demo import carrying
 from fireflyer.demo.carrying import (
     answer,
     cold_start,
@@ -66,3 +67,11 @@ def test_problems_are_functions_of_seed_and_number():
     assert harder(5, 30, held_out=10) == harder(5, 50, held_out=10)[:30] != harder(6, 30, held_out=10)
     assert cold_start(5, 10) == cold_start(5, 20)[:10]
     assert examination(5, 10) == examination(5, 20)[:10]
+
+
+def test_a_problem_with_a_carry_is_found_within_a_few_tries():
+    """However small the share that was drawn for it."""
+    drawn = carrying._drawn(0, "training", 0, share=carrying._LEAST_SHARE)
+    with_carry = sum(num_carries(next(drawn)) > 0 for _ in range(300))
+    assert with_carry > 30
+    assert len(harder(2, 600, held_out=10)) == 600

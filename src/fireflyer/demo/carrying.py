@@ -17,6 +17,9 @@ from fireflyer.data.draws import fraction, words
 FEWEST_PLACES = 3
 """Numbers have from this many digits to eight."""
 
+_LEAST_SHARE = 0.05
+"""So that a problem with a carry is found after a few tries."""
+
 
 def question(problem: Problem) -> str:
     """What the user says: `12345678+00000042`."""
@@ -90,7 +93,7 @@ def _harder_ones(seed: int, part: str) -> Iterator[Problem]:
     index = 0
     while True:
         # From problems in which hardly anything is carried, the most, to those in which nearly every place is.
-        share = fraction(words(seed, "share", part, index)[0]) ** 2
+        share = _LEAST_SHARE + (1 - _LEAST_SHARE) * fraction(words(seed, "share", part, index)[0]) ** 2
         yield next(p for p in _drawn(seed, part, index, share=share) if num_carries(p) > 0)
         index += 1
 
