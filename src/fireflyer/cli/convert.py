@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fireflyer.config.sizes import show_bytes
 from fireflyer.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,6 +69,7 @@ def _check_source(name: str) -> None:
 
 def _convert(args: argparse.Namespace) -> Converted:
     from fireflyer.cli.signals import StopSignals
+    from fireflyer.config.sizes import show_bytes
 
     stop = StopSignals("stopped before anything was written; the same command begins again")
     with stop, Bar(sys.stderr) as bar:
@@ -142,6 +142,7 @@ class Bar:
 
     def _line(self, progress: Progress, now: float) -> str:
         from fireflyer.cli.progress import duration
+        from fireflyer.config.sizes import show_bytes
 
         assert self._begun is not None
         parts = [
