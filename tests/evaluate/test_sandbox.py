@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -102,12 +102,11 @@ def test_files_outside_its_folder_stay_as_they_are(sandbox, tmp_path):
 
 def test_secrets_of_the_environment_stay_out_and_nothing_is_left(monkeypatch):
     monkeypatch.setenv("FIREFLYER_API_KEY", "sesame")
-    before = set(os.listdir(tempfile.gettempdir()))
     with Sandbox("program", LIMITS, workers=2) as fresh:
+        folder = fresh._folder
         outcomes = fresh.run([("import os; print(os.environ); open('x', 'w').write('y')", "")] * 3)
     assert all("sesame" not in outcome.stdout for outcome in outcomes)
-    left = set(os.listdir(tempfile.gettempdir())) - before
-    assert not [name for name in left if name.startswith("fireflyer-job-")]
+    assert not os.path.exists(folder)
 
 
 def test_many_jobs_cost_little_and_keep_their_order(sandbox):
@@ -129,6 +128,25 @@ def test_a_server_that_dies_is_replaced(sandbox):
     sandbox._server.kill()
     sandbox._server.wait()
     assert sandbox.run([("print(1)", "")])[0].stdout == "1\n"
+
+
+def test_a_killed_server_takes_its_jobs_and_files_along():
+    with Sandbox("program", Limits(seconds=30.0625), workers=1) as doomed:
+        folder = Path(doomed._folder)
+        running = threading.Thread(target=doomed.run, args=([("import time; time.sleep(30)", "")],))
+        running.start()
+        while not any(folder.iterdir()):
+            time.sleep(0.01)
+        for _ in range(2):  # its successor gets the job once more
+            time.sleep(0.5)
+            doomed._server.kill()
+        running.join(timeout=20)
+        assert not running.is_alive()
+        deadline = time.monotonic() + 5
+        while any("30.0625" in line for line in map(_command_line, Path("/proc").glob("[0-9]*"))):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert not folder.exists()
 
 
 def test_jobs_that_a_dying_server_took_along_are_run_again(tmp_path):

@@ -10,10 +10,11 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import signal
 import struct
 import sys
 
-_PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _SECCOMP_MODE_FILTER = 2
 _LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _REFUSE, _NO_SUCH_CALL = 0x7FFF0000, 0x00050001, 0x00050026  # errno EPERM and ENOSYS in the low bits
@@ -47,6 +48,12 @@ def confine(folder: str) -> list[str]:
         return []
     held = ["landlock"] if _landlock(libc, folder) else []
     return [*held, "seccomp"] if _seccomp(libc) else held
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however that ends. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _landlock(libc: ctypes.CDLL, folder: str) -> bool:

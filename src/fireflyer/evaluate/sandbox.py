@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -89,6 +90,7 @@ class Sandbox:
         self._target, self._limits = target, limits or Limits()
         self._workers = workers or os.cpu_count() or 1
         self._server: subprocess.Popen[bytes] | None = None
+        self._folder: str | None = None
         self._unread = b""
         self._lock = threading.Lock()
 
@@ -104,18 +106,11 @@ class Sandbox:
     def close(self) -> None:
         """End the server, and with it every job."""
         server, self._server = self._server, None
-        if server is None:
-            return
-        assert server.stdin is not None
-        assert server.stdout is not None
-        with suppress(OSError):  # it has gone already
-            server.stdin.close()
-        try:
-            server.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-        server.stdout.close()
+        if server is not None:
+            _end(server)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)  # what a server that was killed has left
+            self._folder = None
 
     def run(self, jobs: Sequence[Sequence[str]]) -> list[Outcome]:
         """The outcomes, in the order of the jobs. Never raises for what a job does. Safe from several threads."""
@@ -151,13 +146,14 @@ class Sandbox:
         self.close()
         self._unread = b""
         target = self._target if isinstance(self._target, str) else str(self._checked_file(self._target))
+        self._folder = tempfile.mkdtemp(prefix="fireflyer-sandbox-")
         settings = json.dumps(asdict(self._limits) | {"workers": self._workers})
         self._server = server = subprocess.Popen(
             [sys.executable, "-s", "-c", _START.format(source=_SOURCE), settings, target],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            cwd=tempfile.gettempdir(),
+            cwd=self._folder,
             env=_environment(),
             start_new_session=True,
         )
@@ -204,6 +200,19 @@ def confinement() -> list[str]:
     )
     done = subprocess.run([sys.executable, "-s", "-c", code], env=_environment(), capture_output=True, text=True)
     return done.stdout.split()
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with suppress(OSError):  # it has gone already
+        server.stdin.close()
+    try:
+        server.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+    server.stdout.close()
 
 
 def _write(server: subprocess.Popen[bytes], lines: bytes) -> None:

@@ -19,11 +19,12 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, SupportsFloat, cast
 
-from fireflyer.evaluate.confine import confine
+from fireflyer.evaluate.confine import confine, end_with_parent
 
 Job = list[str]
 _SHOWN_CHARS = 300
@@ -54,9 +55,9 @@ class Server:
     """Forks a child for each job, `workers` at once, and ends those that overrun."""
 
     def __init__(
-        self, settings: Settings, do: Callable[[Job], Any], *, confined: bool, receive: int, send: int
+        self, settings: Settings, do: Callable[[Job], Any], root: str, *, confined: bool, receive: int, send: int
     ) -> None:
-        self._settings, self._do, self._confined = settings, do, confined
+        self._settings, self._do, self._root, self._confined = settings, do, root, confined
         self._receive, self._send = receive, send
         self._waiting: deque[tuple[int, Job]] = deque()
         self._running: dict[int, _Child] = {}
@@ -81,7 +82,7 @@ class Server:
                         self._end(child, overrun=True)
         finally:
             for child in list(self._running.values()):
-                self._end(child, overrun=True)
+                self._kill(child)
 
     def _read_jobs(self) -> bool:
         got = os.read(self._receive, 1 << 16)
@@ -92,7 +93,7 @@ class Server:
         return bool(got)
 
     def _start(self, number: int, job: Job) -> None:
-        folder = tempfile.mkdtemp(prefix="fireflyer-job-")
+        folder = tempfile.mkdtemp(dir=self._root)
         result, result_end = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -106,6 +107,7 @@ class Server:
         code = 1
         try:
             os.setsid()
+            end_with_parent()
             self._redirect(folder, result_end)
             self._limit()
             if self._confined:
@@ -168,22 +170,8 @@ class Server:
         """Kill what is left of the job, send its outcome, remove its files."""
         if not overrun:
             # It has closed its end, most likely by exiting: a status of its own tells more than our kill.
-            time_left = max(0.0, child.deadline - time.monotonic())
-            status = _wait(child.pid, min(time_left, 1.0))
-        else:
-            status = None
-        for kill in (os.killpg, os.kill):
-            try:
-                kill(child.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                continue
-        if status is None:
-            try:
-                status = os.waitpid(child.pid, 0)[1]
-            except ChildProcessError:
-                status = 0
-        os.close(child.result)
-        del self._running[child.result]
+            _wait_for_exit(child.pid, min(max(0.0, child.deadline - time.monotonic()), 1.0))
+        status = self._kill(child)
         try:
             outcome = json.loads(child.received)
         except ValueError:
@@ -192,12 +180,22 @@ class Server:
             outcome = {"status": "overran"}
         for name in ("stdout", "stderr"):
             outcome[name] = _beginning(f"{child.folder}.{name}", self._settings.output_bytes)
+        self._remove_files(child)
         _send(self._send, {"number": child.number, **outcome})
+
+    def _kill(self, child: _Child) -> int:
+        """End the child and its group, and reap it: before that nobody else can have its number. Returns its status."""
+        for kill in (os.killpg, os.kill):
+            with suppress(ProcessLookupError, PermissionError):
+                kill(child.pid, signal.SIGKILL)
+        os.close(child.result)
+        del self._running[child.result]
+        return os.waitpid(child.pid, 0)[1]
+
+    def _remove_files(self, child: _Child) -> None:
         for name in ("stdin", "stdout", "stderr"):
-            try:
+            with suppress(OSError):
                 os.remove(f"{child.folder}.{name}")
-            except OSError:
-                continue
         shutil.rmtree(child.folder, ignore_errors=True)
 
 
@@ -273,14 +271,13 @@ def _unreported(status: int) -> dict[str, Any]:
     return {"status": "exited", "code": os.WEXITSTATUS(status)}
 
 
-def _wait(pid: int, seconds: float) -> int | None:
+def _wait_for_exit(pid: int, seconds: float) -> None:
+    """Until the process has exited; it stays to be reaped, so that its number is still its own."""
+    if sys.platform != "linux":
+        time.sleep(min(seconds, 0.01))
+        return
     deadline = time.monotonic() + seconds
-    while True:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return status
-        if time.monotonic() >= deadline:
-            return None
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None and time.monotonic() < deadline:
         time.sleep(0.0005)
 
 
@@ -309,21 +306,32 @@ def _send(descriptor: int, message: dict[str, Any]) -> None:
 
 def main(settings_json: str, target: str) -> None:
     """target: what is to be done: "program", "math", or the path of a grader's file."""
-    settings = Settings(**json.loads(settings_json))
+    settings, root = Settings(**json.loads(settings_json)), os.getcwd()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who closes the pipe
     receive, send = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
     os.dup2(2, 1)  # what a grader's file prints while it loads
-    do: Callable[[Job], Any] = run_program
     try:
-        if target == "math":
-            do = equal_by_math_verify
-            do([r"$\frac{1}{2}$", "0.5"])  # loads and compiles what every child would have to
-        elif target != "program":
-            do = load_grader(target)
+        do = _loaded(target)
     except BaseException as error:
-        _send(send, {"ready": False, "detail": _described(error), "missing": isinstance(error, ModuleNotFoundError)})
+        message = {"ready": False, "detail": _described(error), "missing": isinstance(error, ModuleNotFoundError)}
+        with suppress(BrokenPipeError):
+            _send(send, message)
         return
-    _send(send, {"ready": True})
-    Server(settings, do, confined=target == "program", receive=receive, send=send).serve()
+    try:
+        _send(send, {"ready": True})
+        Server(settings, do, root, confined=target == "program", receive=receive, send=send).serve()
+    except BrokenPipeError:
+        return  # the caller was killed
+    finally:
+        shutil.rmtree(root, ignore_errors=True)  # the caller does so too, unless it was killed
+
+
+def _loaded(target: str) -> Callable[[Job], Any]:
+    if target == "program":
+        return run_program
+    if target != "math":
+        return load_grader(target)
+    equal_by_math_verify([r"$\frac{1}{2}$", "0.5"])  # loads and compiles what every child would have to
+    return equal_by_math_verify
