@@ -465,7 +465,7 @@ def test_hundreds_of_random_requests_leave_the_pool_whole(make_model, tokenizer)
     model = make_model("V3", num_nextn_predict_layers=1)
     draw = random.Random(3)
     options = {"block_size": 4, "max_num_seqs": 8, "max_step_tokens": 40}
-    llm = with_options(model, tokenizer, cache_gib=gib_for(model, 4 * 30, 1), **options)
+    llm = with_options(model, tokenizer, cache_gib=gib_for(model, 4 * 24, 1), **options)
     engine = llm.engine
     beginnings = token_prompts((24, 40, 9))
     open_now, ended = [], []
@@ -492,7 +492,7 @@ def test_hundreds_of_random_requests_leave_the_pool_whole(make_model, tokenizer)
     engine.check_integrity()
     assert not engine.unfinished
     assert engine.stats.blocks_used == 0
-    assert engine.stats.preemptions > 15
+    assert engine.stats.preemptions > 30
     assert engine.stats.prefix_hit_tokens > 200
     reasons = [answer.finish_reason for request in ended for answer in request.answers]
     assert min(reasons.count(reason) for reason in ("stop", "length", "abort", "error")) > 5

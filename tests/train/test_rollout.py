@@ -23,7 +23,8 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def model(tokenizer: Tokenizer) -> Decoder:
     config = tiny_recipe("builtin:arithmetic").model
-    model = Decoder(config.replace(eos_token_id=tokenizer.eos_id, initializer_range=0.3))
+    # Larger weights, and fp32 itself is off by 1e-5, as its difference from fp64 shows.
+    model = Decoder(config.replace(eos_token_id=tokenizer.eos_id, initializer_range=0.15))
     init_weights_(model, torch.Generator().manual_seed(0))
     return model
 
@@ -53,7 +54,7 @@ def test_the_engines_logprobs_are_the_trainers_before_and_after_an_update(model:
             assert len({tuple(rollout.token_ids) for rollout in group}) > 1
             for rollout in group:
                 logp, experts = _trainer_view(model, prompt, rollout)
-                assert rollout.logprobs == pytest.approx(logp, abs=1e-5, rel=1e-5), update
+                assert rollout.logprobs == pytest.approx(logp, abs=1e-5), update
                 assert rollout.experts == experts
         with torch.no_grad():
             for parameter in model.parameters():
