@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fireflyer.checkpoint.safetensors_file import read_into
 from fireflyer.config.messages import shown
 from fireflyer.errors import UserError
 
@@ -62,17 +63,7 @@ class GGUFTensor:
         Raises UserError where the file ends early."""
         row_bytes = _row_bytes(self.kind, self.shape[-1])
         raw = torch.empty(max(stop - start, 0) * row_bytes, dtype=torch.uint8)
-        view = raw.numpy().data
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.offset + start * row_bytes)
-                while view:
-                    got = file.readinto(view)
-                    if not got:
-                        raise UserError(f"{self.path}: cut short within {self.name}; {_AGAIN}")
-                    view = view[got:]
-        except OSError as error:
-            raise UserError(f"{self.path}: can't be read ({error.strerror}); check the file and its disk") from None
+        read_into(raw, self.path, self.offset + start * row_bytes, self.name)
         if self.kind.name in _PLAIN:
             return raw.view(self.dtype).view(-1, self.shape[-1])
         from gguf.quants import dequantize

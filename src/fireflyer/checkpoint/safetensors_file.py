@@ -84,17 +84,22 @@ class StoredTensor:
 
     def _read(self, start: int, into: Tensor) -> None:
         """Fill `into` from the tensor's byte `start` on."""
-        view = into.flatten().view(torch.uint8).numpy().data
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.offset + start)
-                while view:
-                    got = file.readinto(view)
-                    if not got:
-                        raise UserError(f"{self.path}: cut short within {self.name}; copy or download it again")
-                    view = view[got:]
-        except OSError as error:
-            raise UserError(f"{self.path}: can't be read ({error.strerror}); check the file and its disk") from None
+        read_into(into, self.path, self.offset + start, self.name)
+
+
+def read_into(into: Tensor, path: Path, offset: int, name: str) -> None:
+    """Fill contiguous memory from a file's byte `offset` on. Raises UserError, with the tensor's name where it ends."""
+    view = into.flatten().view(torch.uint8).numpy().data
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            while view:
+                got = file.readinto(view)
+                if not got:
+                    raise UserError(f"{path}: cut short within {name}; copy or download it again")
+                view = view[got:]
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); check the file and its disk") from None
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

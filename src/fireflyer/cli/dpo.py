@@ -15,7 +15,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Direct preference optimisation on JSONL lines with prompt, chosen and rejected: three texts, or"
         " messages. The same command again goes on.",
     )
-    add_arguments(parser, "dpo")
+    add_arguments(parser, "dpo", example="epochs=3")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from fireflyer.cli.post_training import add_arguments
 from fireflyer.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,25 +25,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Reinforcement learning (GRPO): the model answers problems in groups, graders judge the answers,"
         " and what was better than the rest of its group becomes more likely. The same command again goes on.",
     )
-    parser.add_argument("--from", dest="init_from", metavar="CHECKPOINT", help="the model to begin from")
+    add_arguments(parser, PRESET, example="grpo.group_size=8", data=False)
     parser.add_argument(
         "--env",
         metavar="NAME|FILE",
         help="problems: a data set of reasoning-gym by name, a .jsonl of problem and answer, or a .py with PROBLEMS and"
         " grade(problem, answer)",
     )
-    parser.add_argument("--recipe", metavar="CONFIG", help=f"a recipe (.toml) on top of the shipped one, {PRESET}")
-    parser.add_argument("--run", metavar="DIR", default=f"runs/{PRESET}", help=f"its folder (default runs/{PRESET})")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="change a setting of the recipe, as --set grpo.group_size=8 or --set schedule.lr=1e-6; may be repeated",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="show the schedule and size; build and read nothing")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout at the end; progress on stderr")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,11 +50,12 @@ def run(args: argparse.Namespace) -> int:
         facts = plan(recipe)
         print(json.dumps(facts) if args.json else describe(facts))
         return 0
-    summary = _train(recipe, args.run, args.json)
+    run_dir = args.run or f"runs/{PRESET}"
+    summary = _train(recipe, run_dir, args.json)
     if args.json:
         from dataclasses import asdict
 
-        print(json.dumps({"run_dir": args.run, **asdict(summary)}))
+        print(json.dumps({"run_dir": run_dir, **asdict(summary)}))
     return 0
 
 

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from fireflyer.train.summary import Summary
 
 
-def add_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
-    """The options that every verb of post-training has."""
+def add_arguments(parser: argparse.ArgumentParser, preset: str, *, example: str, data: bool = True) -> None:
+    """The options that every verb of post-training has. example: a setting; data: whether it learns from files."""
     parser.add_argument("--from", dest="init_from", metavar="CHECKPOINT", help="the model to begin from")
-    parser.add_argument("--data", metavar="FILE", nargs="+", action="extend", help=".jsonl files; may be repeated")
+    if data:
+        parser.add_argument("--data", metavar="FILE", nargs="+", action="extend", help=".jsonl files; may be repeated")
     parser.add_argument("--recipe", metavar="CONFIG", help=f"a recipe (.toml) on top of the shipped one, {preset}")
     parser.add_argument("--run", metavar="DIR", help=f"the run's folder (default runs/{preset})")
     parser.add_argument(
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser, preset: str) -> None:
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="change a setting of the recipe, as --set epochs=3 or --set schedule.lr=1e-5; may be repeated",
+        help=f"change a setting of the recipe, as --set {example} or --set schedule.lr=1e-5; may be repeated",
     )
     parser.add_argument("--dry-run", action="store_true", help="show the schedule and size; build and read nothing")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout at the end; progress on stderr")

@@ -15,7 +15,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Supervised fine-tuning on JSONL lines with messages (OpenAI's form, tools and reasoning_content"
         " too), or with prompt and completion. Only what the assistant says is learnt. The same command again goes on.",
     )
-    add_arguments(parser, "sft")
+    add_arguments(parser, "sft", example="epochs=3")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -58,7 +59,7 @@ class Grader(Protocol):
         ...
 
 
-class _Plain:
+class _Plain(ABC):
     """A grader that compares in this process."""
 
     name: str
@@ -70,10 +71,10 @@ class _Plain:
         answer = without_thinking(text)
         return _verdict(False, _UNFINISHED) if answer is None else self._compare(str(problem["answer"]), answer)
 
-    def _compare(self, expected: str, answer: str) -> Grade:
-        raise NotImplementedError
+    @abstractmethod
+    def _compare(self, expected: str, answer: str) -> Grade: ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (nothing is open, and that is all there is to say)
         """Nothing is open."""
 
 
@@ -119,33 +120,32 @@ class _Apart:
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox.__enter__()
 
+    def close(self) -> None:
+        self._sandbox.close()
+
+
+class _OneJobEach(_Apart, ABC):
+    """For each answer that is there, one job, judged by how it ended."""
+
     def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Grade]:
         answers = [without_thinking(text) for text in texts]
         jobs = [
             self._job(problem, answer) for problem, answer in zip(problems, answers, strict=True) if answer is not None
         ]
-        outcomes = iter(self._sandbox.run([job for job in jobs if job is not None]))
-        ready = iter(jobs)
-        grades = []
-        for problem, answer in zip(problems, answers, strict=True):
-            job = None if answer is None else next(ready)
-            if job is None:
-                grades.append(_verdict(False, _UNFINISHED if answer is None else "the problem has no tests"))
-            else:
-                grades.append(self._judge(problem, answer or "", next(outcomes)))
-        return grades
+        outcomes = iter(self._sandbox.run(jobs))
+        return [
+            _verdict(False, _UNFINISHED) if answer is None else self._judge(answer, next(outcomes))
+            for answer in answers
+        ]
 
-    def _job(self, problem: Problem, answer: str) -> tuple[str, str] | None:
-        raise NotImplementedError
+    @abstractmethod
+    def _job(self, problem: Problem, answer: str) -> tuple[str, str]: ...
 
-    def _judge(self, problem: Problem, answer: str, outcome: Outcome) -> Grade:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        self._sandbox.close()
+    @abstractmethod
+    def _judge(self, answer: str, outcome: Outcome) -> Grade: ...
 
 
-class MathMatch(_Apart):
+class MathMatch(_OneJobEach):
     """Equal as mathematics, by math-verify (the extra `reason`), run apart because some expressions never end."""
 
     name = "math"
@@ -157,7 +157,7 @@ class MathMatch(_Apart):
         expected = str(problem["answer"])
         return (expected if "\\boxed" in expected or "$" in expected else f"${expected}$"), answer
 
-    def _judge(self, problem: Problem, answer: str, outcome: Outcome) -> Grade:
+    def _judge(self, answer: str, outcome: Outcome) -> Grade:
         if outcome.status != "done":
             return _verdict(False, f"math-verify: {outcome.note}")
         equal, read = outcome.value
@@ -175,7 +175,7 @@ class CodeTests(_Apart):
     name = "code"
 
     def __init__(self, limits: Limits | None = None, workers: int | None = None) -> None:
-        self._sandbox = Sandbox("program", limits, workers).__enter__()
+        super().__init__(Sandbox("program", limits, workers))
 
     def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Grade]:
         answers = [without_thinking(text) for text in texts]
@@ -192,7 +192,7 @@ class CodeTests(_Apart):
         ]
 
 
-class FileGrader(_Apart):
+class FileGrader(_OneJobEach):
     """The user's own Python file with `grade(problem, answer) -> float`, 0 to 1: problem is the JSONL file's object."""
 
     def __init__(self, path: Path, limits: Limits | None = None, workers: int | None = None) -> None:
@@ -202,7 +202,7 @@ class FileGrader(_Apart):
     def _job(self, problem: Problem, answer: str) -> tuple[str, str]:
         return json.dumps(dict(problem)), answer
 
-    def _judge(self, problem: Problem, answer: str, outcome: Outcome) -> Grade:
+    def _judge(self, answer: str, outcome: Outcome) -> Grade:
         if outcome.status != "done":
             return _verdict(False, f"{self.name}: {outcome.note}")
         reward = outcome.value

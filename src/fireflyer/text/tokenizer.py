@@ -9,7 +9,6 @@ Only allow_special and encode_chat read them.
 """
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,14 @@ from fireflyer.text.dialects import Dialect, detect_dialect
 from fireflyer.text.messages import shield
 from fireflyer.text.special_tokens import ASSISTANT, BEGIN, END, HIDDEN, PAD, RESERVED, USER
 from fireflyer.text.templates import CHAT_TEMPLATE, Message, Tool
+from fireflyer.text.tokenizer_file import (
+    bytes_of_tokens,
+    chat_template_of,
+    control_pattern,
+    parse,
+    read_text,
+    without_controls,
+)
 
 # Training reads at most this much text; more moves few merges and costs minutes and memory.
 TRAINING_BYTES = 32 * 2**20
@@ -59,13 +66,13 @@ class Tokenizer:
         `source`: where it came from, for messages. Raises UserError if it can't be used."""
         self._json = tokenizer_json
         self._source = source
-        parsed = _parse(tokenizer_json, source)
+        parsed = parse(tokenizer_json, source)
         controls = [token for token in parsed.get("added_tokens") or [] if token["content"].strip()]
         self._ids = {token["content"]: int(token["id"]) for token in controls}
         self._hidden = {int(token["id"]) for token in controls if token.get("special")}
-        self._control_pattern = _control_pattern(controls)
-        self._plain = _without_controls(parsed, source)
-        self._token_bytes = _bytes_of_tokens(self._plain.get_vocab(with_added_tokens=True), self._ids)
+        self._control_pattern = control_pattern(controls)
+        self._plain = without_controls(parsed, source)
+        self._token_bytes = bytes_of_tokens(self._plain.get_vocab(with_added_tokens=True), self._ids)
         self.vocab_size = len(self._token_bytes)
 
         bos_id = self._named_token("bos_token", settings, _BEGIN_NAMES)
@@ -81,7 +88,7 @@ class Tokenizer:
         self.pad_id = self._named_token("pad_token", settings, _PAD_NAMES)
         if self.pad_id == self.eos_id:  # DeepSeek-V3's own tokenizer_config.json says so, though a pad token exists
             self.pad_id = self._named_token("pad_token", {}, _PAD_NAMES)
-        self.chat_template = _chat_template(settings) or (
+        self.chat_template = chat_template_of(settings) or (
             CHAT_TEMPLATE if {BEGIN, END, USER, ASSISTANT} <= self._ids.keys() else None
         )
         self.taught_chat = settings.get(_TAUGHT) is True
@@ -105,13 +112,13 @@ class Tokenizer:
         config_path = path.with_name("tokenizer_config.json")
         if config_path.is_file():
             try:
-                settings = json.loads(_read_text(config_path))
+                settings = json.loads(read_text(config_path))
             except json.JSONDecodeError as error:
                 raise UserError(f"{config_path} is not JSON: {error}") from error
         template_path = path.with_name("chat_template.jinja")
         if template_path.is_file():
-            settings["chat_template"] = _read_text(template_path)
-        return cls(_read_text(path), settings, str(path))
+            settings["chat_template"] = read_text(template_path)
+        return cls(read_text(path), settings, str(path))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, max_bytes: int = TRAINING_BYTES) -> "Tokenizer":
@@ -322,74 +329,6 @@ class Tokenizer:
                         f"text has half a surrogate pair at character {bad.start}, which is no Unicode text"
                     ) from error
             raise
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: invalid UTF-8 at byte {error.start}") from error
-    except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror}") from error
-
-
-def _parse(tokenizer_json: str, source: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(tokenizer_json)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{source} is not JSON: {error}") from error
-    if not isinstance(parsed, dict) or not isinstance(parsed.get("model"), dict):
-        raise UserError(f"{source} is not a tokenizer.json: it has no model")
-    parts = [parsed.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
-    if '"ByteLevel"' not in json.dumps(parts):
-        raise UserError(
-            f"{source}: {parsed['model'].get('type')} without ByteLevel; only byte-level ones give back every text"
-        )
-    return parsed
-
-
-def _without_controls(parsed: dict[str, Any], source: str) -> tokenizers.Tokenizer:
-    """The same tokenizer with nothing but plain text in mind: no control tokens, no begin token added, no truncation.
-
-    `encode_special_tokens` of the library would not do: it still reads tokens not flagged special, and DeepSeek's
-    <｜User｜> and <think> are such. Added tokens of white space alone are plain text and stay.
-    """
-    plain = {**parsed, "post_processor": None, "truncation": None, "padding": None}
-    plain["added_tokens"] = [token for token in parsed.get("added_tokens") or [] if not token["content"].strip()]
-    try:
-        return tokenizers.Tokenizer.from_str(json.dumps(plain))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{source}: not a tokenizer.json that `tokenizers` can read: {error}") from error
-
-
-def _control_pattern(controls: Sequence[Mapping[str, Any]]) -> re.Pattern[str]:
-    longest_first = sorted(controls, key=lambda token: -len(token["content"]))
-    alternatives = [
-        (r"\s*" if token.get("lstrip") else "") + re.escape(token["content"]) + (r"\s*" if token.get("rstrip") else "")
-        for token in longest_first
-    ]
-    return re.compile("|".join(alternatives) or r"(?!)")
-
-
-def _bytes_of_tokens(vocabulary: Mapping[str, int], controls: Mapping[str, int]) -> list[bytes]:
-    """Bytes by id. Byte-level vocabularies spell each byte as one printable character (GPT-2's table)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    by_id = [b""] * (max([*vocabulary.values(), *controls.values()]) + 1)
-    for token, token_id in vocabulary.items():
-        spelt = all(character in table for character in token)
-        by_id[token_id] = bytes(table[character] for character in token) if spelt else token.encode("utf-8")
-    for token, token_id in controls.items():
-        by_id[token_id] = token.encode("utf-8")
-    return by_id
-
-
-def _chat_template(settings: Mapping[str, Any]) -> str | None:
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several by name, as older configs have them
-        return next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template
 
 
 def _first_bytes(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

@@ -6,7 +6,6 @@ programs are judged apart, with limits of time and memory (evaluate/sandbox.py).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,6 +13,7 @@ from typing import Any
 
 from fireflyer.config.messages import shown
 from fireflyer.errors import UserError
+from fireflyer.evaluate.answers import boxed, code_block
 from fireflyer.evaluate.sandbox import Limits, Outcome, Sandbox
 from fireflyer.train.settings import Judge
 
@@ -83,7 +83,7 @@ class _Programs:
         self._sandbox = Sandbox("program", limits)
 
     def grade(self, pairs: Sequence[tuple[dict[str, str], str]]) -> list[Grade]:
-        programs = [(f"{code_of(answer)}\n{reference['tests']}\n", "") for reference, answer in pairs]
+        programs = [(f"{code_block(answer)}\n{reference['tests']}\n", "") for reference, answer in pairs]
         return [
             Grade(1.0, True) if outcome.status == "done" else Grade(0.0, False, how_it_ended(outcome))
             for outcome in self._sandbox.run(programs)
@@ -94,14 +94,6 @@ class _Programs:
 
 
 JsonlGrader = _Compared | _Mathematics | _Programs
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
-
-
-def code_of(answer: str) -> str:
-    """The last fenced block of an answer, or all of it."""
-    blocks = _FENCE.findall(answer)
-    return blocks[-1] if blocks else answer
 
 
 def same_text(expected: str, answer: str) -> bool:
@@ -116,8 +108,8 @@ def same_number(expected: str, answer: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    boxed = _BOXED.findall(text)
-    return (boxed[-1] if boxed else text).strip().removesuffix(".").strip()
+    inside = boxed(text)
+    return (text if inside is None else inside).strip().removesuffix(".").strip()
 
 
 def _number(text: str) -> Fraction | None:

@@ -6,9 +6,7 @@ Out: one resolved `Recipe`; its TOML text (read back equal); the differences tha
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -19,39 +17,30 @@ from fireflyer.config import ModelConfig, load_config
 from fireflyer.config.files import PRESETS, find_config, read_toml
 from fireflyer.config.messages import nearest, shown
 from fireflyer.errors import UserError
+from fireflyer.train.layers import (
+    LENGTHS,
+    Layer,
+    leaves,
+    merged_values,
+    model_source,
+    origin_of,
+    put,
+    toml_value,
+)
 from fireflyer.train.quantities import parse_quantity
 from fireflyer.train.settings import FinalPhase, Recipe, SettingError, Table
 from fireflyer.train.size import parse_size, sized_settings
 from fireflyer.train.toml import to_toml_text
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 DEFAULT_RECIPE = "ember"
 DEFAULT_VOCAB_SIZE = 4096
 """Size of the tokenizer trained on the data where neither the recipe nor a tokenizer file gives one."""
 
-LENGTHS = ("steps", "tokens", "epochs")
 MAY_CHANGE = frozenset({*LENGTHS, "checkpoint_every", "keep_checkpoints", "eval_every", "eval_samples", "log_every"})
 """Keys that a rerun of the same folder may change."""
 
 CHOICES = {"device": "auto", "dtype": "auto", "threads": 0}
 """Keys whose given value means "choose"; the run stores what was chosen, and a rerun takes that."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Settings from one place; `labels` says for single keys how the user spelt them, `label` for the rest.
-
-    whole_model: its [model] replaces what lies below it, instead of changing single keys.
-    """
-
-    values: dict[str, Any]
-    label: str
-    labels: dict[str, str]
-    whole_model: bool = False
 
 
 def load_recipe(
@@ -133,8 +122,8 @@ def take_stored_choices(recipe: Recipe, stored: Recipe) -> Recipe:
 
 def recipe_differences(stored: Recipe, recipe: Recipe) -> list[str]:
     """What makes `recipe` another run than `stored`, as "key: old -> new" lines; empty where it may go on."""
-    old = dict(_leaves(as_tables(stored)))
-    new = dict(_leaves(as_tables(take_stored_choices(recipe, stored))))
+    old = dict(leaves(as_tables(stored)))
+    new = dict(leaves(as_tables(take_stored_choices(recipe, stored))))
     lines = []
     for key in sorted(old.keys() | new.keys()):
         if key not in MAY_CHANGE and old.get(key) != new.get(key):
@@ -189,12 +178,12 @@ def _layer_of_checkpoint(init_from: str) -> Layer:
 
 def _layer_of_size(size: str, layers: list[Layer], given: list[Layer]) -> Layer:
     """What --size decides, for the tokenizer of all layers and the length that the user gives."""
-    length = {key: value for key, value in _merged(given).items() if key in ("steps", "tokens")}
+    length = {key: value for key, value in merged_values(given).items() if key in ("steps", "tokens")}
     try:
         counts = {key: parse_quantity(value) for key, value in length.items()}
     except ValueError:
         counts = {}  # refused with its own words when the recipe is built
-    asked = _merged(given).get("model", {}).get("vocab_size")
+    asked = merged_values(given).get("model", {}).get("vocab_size")
     values = sized_settings(
         parse_size(size),
         vocab_size=_tokenizer_size(layers) or (asked if isinstance(asked, int) else None),
@@ -212,7 +201,7 @@ def _full_precision(config: ModelConfig) -> dict[str, Any]:
 def _layer_of_options(options: dict[str, tuple[Any, str]]) -> Layer:
     values: dict[str, Any] = {}
     for key, (value, _) in options.items():
-        _put(values, key, value)
+        put(values, key, value)
     return Layer(values, "the command line", {key: label for key, (_, label) in options.items()})
 
 
@@ -226,26 +215,8 @@ def _layer_of_overrides(overrides: Sequence[str]) -> Layer:
             raise UserError(f"--set {override}: not KEY=VALUE; write for example --set optimizer.weight_decay=0.1")
         labels[key] = f"--set {override}"
         _check_known({key: None}, labels[key])
-        _put(values, key, _toml_value(text))
+        put(values, key, toml_value(text))
     return Layer(values, "--set", labels)
-
-
-def _toml_value(text: str) -> Any:
-    """The TOML value, or the text itself where it is none: `--set dtype=fp32` needs no quotes."""
-    try:
-        table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text.strip()
-    return table["value"] if len(table) == 1 else text.strip()
-
-
-def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    *tables, last = key.split(".")
-    for table in tables:
-        if not isinstance(values.get(table), dict):
-            values[table] = {}
-        values = values[table]
-    values[last] = value
 
 
 # --- From layers to a recipe
@@ -253,7 +224,7 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _resolve(layers: list[Layer]) -> Recipe:
     tokenizer_size = _tokenizer_size(layers)
-    model = _merged(layers).get("model")
+    model = merged_values(layers).get("model")
     if isinstance(model, dict) and not model.get("vocab_size"):
         layers = [*layers, Layer({"model": {"vocab_size": tokenizer_size or DEFAULT_VOCAB_SIZE}}, "", {})]
     recipe = _build(layers)
@@ -268,7 +239,7 @@ def _resolve(layers: list[Layer]) -> Recipe:
 
 
 def _tokenizer_size(layers: list[Layer]) -> int | None:
-    data = _merged(layers).get("data")
+    data = merged_values(layers).get("data")
     path = data.get("tokenizer") if isinstance(data, dict) else None
     if not isinstance(path, str):
         return None
@@ -280,49 +251,18 @@ def _tokenizer_size(layers: list[Layer]) -> int | None:
 def _build(layers: list[Layer]) -> Recipe:
     for layer in layers:
         _check_known(layer.values, layer.label, layer.labels)
-    values = _merged(layers)
+    values = merged_values(layers)
     model = values.get("model")
     if not isinstance(model, dict):
         raise UserError(f"{layers[0].label}: no [model] table, which describes the model; add one")
-    values["model"] = ModelConfig.from_dict(model, source=_model_source(layers))
+    values["model"] = ModelConfig.from_dict(model, source=model_source(layers))
     return _validate(values, layers)
-
-
-def _model_source(layers: list[Layer]) -> str:
-    parts = []
-    for layer in layers:
-        if layer.label and "model" in layer.values:
-            settings = [label for key, label in layer.labels.items() if key.startswith("model.")]
-            parts += settings or [f"{layer.label} [model]"]
-    return ", ".join(parts)
-
-
-def _merged(layers: list[Layer]) -> dict[str, Any]:
-    """Later layers win, table by table, unless a model is whole; the last layer with a length decides it."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        lengths = [key for key in LENGTHS if key in layer.values]
-        if lengths:
-            merged = {key: value for key, value in merged.items() if key not in LENGTHS}
-        if layer.whole_model:
-            merged.pop("model", None)
-        values = {key: value for key, value in layer.values.items() if key not in lengths[1:]}
-        merged = _merge(merged, values)
-    return merged
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
 
 
 def _check_known(values: dict[str, Any], label: str, labels: dict[str, str] | None = None) -> None:
     """Refuse keys that nobody reads; those below [model] are ModelConfig's to check."""
     known = set(known_keys())
-    for key, _ in _leaves(values):
+    for key, _ in leaves(values):
         parts = key.split(".")
         for depth in range(1, len(parts) + 1):
             path = ".".join(parts[:depth])
@@ -353,9 +293,9 @@ def _validate(values: dict[str, Any], layers: list[Layer]) -> Recipe:
         first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, SettingError):
-        raise UserError(f"{cause} ({_origin(cause.key, layers)})") from None
+        raise UserError(f"{cause} ({origin_of(cause.key, layers)})") from None
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])[1:]
-    raise UserError(_sentence(key, first["type"], first["msg"], first["input"], _origin(key, layers))) from None
+    raise UserError(_sentence(key, first["type"], first["msg"], first["input"], origin_of(key, layers))) from None
 
 
 _WORDS = {
@@ -378,28 +318,6 @@ def _sentence(key: str, kind: str, message: str, value: object, origin: str) -> 
         return f"{key} is missing in {origin}; add it"
     words = _WORDS.get(kind, message.removeprefix("Value error, ").replace("Input should be", "must be"))
     return f"{key} = {shown(value)}: {words} ({origin})"
-
-
-def _origin(key: str, layers: list[Layer]) -> str:
-    """Where the value of a key (or of what holds it) came from."""
-    for layer in reversed(layers):
-        inner: Any = layer.values
-        for part in key.partition("[")[0].split("."):
-            inner = inner.get(part, None) if isinstance(inner, dict) else None
-        if inner is not None:
-            named = [
-                label for name, label in layer.labels.items() if key == name or key.startswith((f"{name}.", f"{name}["))
-            ]
-            return named[-1] if named else layer.label
-    return next((layer.label for layer in layers if layer.label), "the defaults")
-
-
-def _leaves(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _without_none(value: Any) -> Any:
