@@ -61,10 +61,6 @@ def run(variant: Variant, seed: int, tokenizer_file: str) -> dict[str, float]:
     }
 
 
-def _say_nothing(event: object) -> None:
-    pass
-
-
 def base_recipe(overrides: Sequence[str], tokenizer_file: str | None) -> Recipe:
     """The size dial's half a million parameters on the standard library."""
     from fireflyer.train.recipe import load_recipe

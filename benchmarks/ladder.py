@@ -41,7 +41,7 @@ def main() -> Proof:
     slope, fit = _line([math.log(compute[size]) for size in SIZES], [math.log(bits[size]) for size in SIZES])
     swept = {size: {1.0: bits[size], **{f: bits[f"{size} x{f:g}"] for f in FACTORS}} for size in SWEPT}
     lost = {size: by_factor[1.0] / min(by_factor.values()) - 1 for size, by_factor in swept.items()}
-    _draw(compute, bits)
+    _draw(compute, bits, slope)
     ladder = [
         [
             size,
@@ -120,8 +120,10 @@ def _line(xs: list[float], ys: list[float]) -> tuple[float, float]:
     return xy / xx, xy / math.sqrt(xx * yy)
 
 
-def _draw(compute: dict[str, float], bits: dict[str, float]) -> None:
+def _draw(compute: dict[str, float], bits: dict[str, float], exponent: float) -> None:
     points = [(count, bits[size]) for size, count in compute.items()]
+    middle = [math.exp(fmean(math.log(value) for value in values)) for values in zip(*points, strict=True)]
+    line = [(count, middle[1] * (count / middle[0]) ** exponent) for count, _ in (points[0], points[-1])]
     marks = [
         10**power for power in range(math.ceil(math.log10(points[0][0])), math.floor(math.log10(points[-1][0])) + 1)
     ]
@@ -130,6 +132,9 @@ def _draw(compute: dict[str, float], bits: dict[str, float]) -> None:
         "training FLOPs",
         "bits per byte",
         marks,
-        [Line("sizes", points, "#b86a00")],
+        [
+            Line("sizes", points, "#b86a00"),
+            Line(f"compute to the power {exponent:.3f}", line, "#777777", dashed=True),
+        ],
     )
     (ROOT / "docs" / "train-ladder.svg").write_text(chart, encoding="utf-8")

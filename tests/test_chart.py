@@ -26,3 +26,17 @@ def test_points_lie_on_logarithmic_axes():
     assert "a & b" in texts
     assert "1,000" in texts
     assert len(re.findall("stroke-dasharray", chart)) == 1
+
+
+def test_values_near_one_another_fill_the_height():
+    chart = log_chart("t", "x", "y", (10**13,), [Line("a", [(1e12, 2.31), (1e13, 1.94), (1e14, 1.62)], "#000000")])
+    root = ElementTree.fromstring(chart)
+    down = [float(tag.get("cy", "")) for tag in root if tag.tag.endswith("circle")]
+    assert down[-1] - down[0] > 0.7 * (HEIGHT - 100)
+    texts = [tag.text for tag in root if tag.tag.endswith("text")]
+    assert "1e13" in texts
+    assert {"1.6", "1.8", "2", "2.2", "2.4"} <= set(texts)
+
+
+def test_one_value_is_drawn():
+    assert "<circle" in log_chart("t", "x", "y", (), [Line("a", [(1, 3.0), (10, 3.0)], "#000000")])
