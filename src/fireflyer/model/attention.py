@@ -91,12 +91,7 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(self.num_heads * self.value, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor, inputs: AttentionInputs, layer_index: int) -> Tensor:
-        q_nope_BTHP, q_rope_BTHR = self._queries(x_BTD, inputs)
-        kv_BTC = linear(self.kv_a_proj_with_mqa, x_BTD, inputs.tiles)
-        kv_latent_BTL, rope_key_BTR = kv_BTC.split((self.latent, self.rope), dim=-1)
-        kv_latent_BTL = self.kv_a_layernorm(kv_latent_BTL)
-        rope_key_BTR = inputs.turn(rope_key_BTR, heads=False)
-        rows = (q_nope_BTHP, q_rope_BTHR, kv_latent_BTL, rope_key_BTR)
+        rows = self.rows(x_BTD, inputs)
         if len(inputs.groups) == 1 and inputs.groups[0].positions_BT.shape == x_BTD.shape[:2]:
             return linear(self.o_proj, self._attend(*rows, inputs.groups[0], layer_index, inputs.tiles), inputs.tiles)
         parts, start = [], 0
@@ -107,6 +102,13 @@ class LatentAttention(nn.Module):
             parts.append(self._attend(*own, group, layer_index, inputs.tiles).flatten(0, 1))
             start = stop
         return linear(self.o_proj, torch.cat(parts).view(*x_BTD.shape[:2], -1), inputs.tiles)
+
+    def rows(self, x_BTD: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of each token: queries (B, T, H, P) and (B, T, H, R), normed latent (B, T, L) and turned key (B, T, R)."""
+        q_nope_BTHP, q_rope_BTHR = self._queries(x_BTD, inputs)
+        kv_BTC = linear(self.kv_a_proj_with_mqa, x_BTD, inputs.tiles)
+        kv_latent_BTL, rope_key_BTR = kv_BTC.split((self.latent, self.rope), dim=-1)
+        return q_nope_BTHP, q_rope_BTHR, self.kv_a_layernorm(kv_latent_BTL), inputs.turn(rope_key_BTR, heads=False)
 
     def _attend(
         self,
@@ -149,6 +151,13 @@ class LatentAttention(nn.Module):
     def _expanded(
         self, q_nope_BTHP: Tensor, q_rope_BTHR: Tensor, kv_latent_BSL: Tensor, rope_key_BSR: Tensor, mask: Tensor | None
     ) -> Tensor:
+        q, k, v = self.heads(q_nope_BTHP, q_rope_BTHR, kv_latent_BSL, rope_key_BSR)
+        return self.joined(self.core(q, k, v, mask))
+
+    def heads(
+        self, q_nope_BTHP: Tensor, q_rope_BTHR: Tensor, kv_latent_BSL: Tensor, rope_key_BSR: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of all heads, each (B, H, T or S, W): filled up with zeros to one width."""
         kv_BSHX = self.kv_b_proj(kv_latent_BSL).unflatten(-1, (self.num_heads, self.nope + self.value))
         k_nope_BSHP, v_BSHV = kv_BSHX.split((self.nope, self.value), dim=-1)
         rope_key_BSHR = rope_key_BSR[:, :, None].expand(-1, -1, self.num_heads, -1)
@@ -158,10 +167,16 @@ class LatentAttention(nn.Module):
         # Equal widths keep scaled_dot_product_attention on its fast path: 4.3 times on a CPU. Zeros change nothing.
         width = max(self.nope + self.rope, self.value)
         q, k, v = (F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if mask is None else mask[:, None], is_causal=mask is None, scale=self.scale
-        )
-        return out[..., : self.value].transpose(1, 2).flatten(2)
+        return q, k, v
+
+    def core(self, q: Tensor, k: Tensor, v: Tensor, mask_BTS: Tensor | None) -> Tensor:
+        """What each head reads, (B, H, T, W)."""
+        mask, causal = None if mask_BTS is None else mask_BTS[:, None], mask_BTS is None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
+
+    def joined(self, out_BHTW: Tensor) -> Tensor:
+        """The heads side by side, (B, T, H*V)."""
+        return out_BHTW[..., : self.value].transpose(1, 2).flatten(2)
 
     def _absorbed(self, q_nope_BTHP: Tensor, q_rope_BTHR: Tensor, kept_BSC: Tensor, mask_BTS: Tensor | None) -> Tensor:
         batch, tokens = q_nope_BTHP.shape[:2]

@@ -118,10 +118,14 @@ class Experts(nn.Module):
         place_NK = place_NK.view(indices_NK.shape)
         token_of_M = order_M // indices_NK.shape[1]
         ends_E = expert_counts(indices_NK, num_experts).cumsum(0).to(torch.int32)
-        gate_up_MJ = self.up(_Dispatch.apply(x_ND, token_of_M, place_NK), ends_E)
-        weight_M = weights_NK.to(gate_up_MJ.dtype).flatten().gather(0, order_M)
-        y_MD = self.down(weighted_swiglu(gate_up_MJ, weight_M), ends_E)
+        weight_M = weights_NK.flatten().gather(0, order_M)
+        y_MD = self.feed_forward(_Dispatch.apply(x_ND, token_of_M, place_NK), weight_M, ends_E)
         return _Combine.apply(y_MD, token_of_M, place_NK)
+
+    def feed_forward(self, x_MD: Tensor, weight_M: Tensor, ends_E: Tensor) -> Tensor:
+        """weight · expert(x) of rows in the order of their experts, (M, D) to (M, D); `ends_E` as in `grouped_linear`."""
+        gate_up_MJ = self.up(x_MD, ends_E)
+        return self.down(weighted_swiglu(gate_up_MJ, weight_M.to(gate_up_MJ.dtype)), ends_E)
 
     def up(self, x_MD: Tensor, ends_E: Tensor) -> Tensor:
         """Gate and up projections of rows in the order of their experts."""
