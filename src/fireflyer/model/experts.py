@@ -123,7 +123,7 @@ class Experts(nn.Module):
         return _Combine.apply(y_MD, token_of_M, place_NK)
 
     def feed_forward(self, x_MD: Tensor, weight_M: Tensor, ends_E: Tensor) -> Tensor:
-        """weight · expert(x) of rows in the order of their experts, (M, D) to (M, D); `ends_E` as in `grouped_linear`."""
+        """weight · expert(x) of rows in the order of their experts, (M, D) to (M, D); `ends_E`: as `grouped_linear`."""
         gate_up_MJ = self.up(x_MD, ends_E)
         return self.down(weighted_swiglu(gate_up_MJ, weight_M.to(gate_up_MJ.dtype)), ends_E)
 
