@@ -15,6 +15,7 @@ from fireflyer.infer.llm import LLM
 from fireflyer.infer.model_runner import ModelRunner
 from fireflyer.infer.native_trunk import NativeRows, NativeTrunk, native_trunk
 from fireflyer.infer.options import EngineOptions
+from fireflyer.infer.pace import Pace
 from fireflyer.infer.paged_cache import PagedCache
 from fireflyer.infer.sampling_params import SamplingParams
 from fireflyer.infer.scheduler import Span
@@ -200,19 +201,14 @@ def test_weights_that_change_are_followed(make_model: Callable[..., Decoder]) ->
 def test_the_number_of_threads_changes_no_bit(
     make_model: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fireflyer.infer.native_trunk._WORK_A_THREAD", 1)
     model = make_model("V3")
     answers = sequences((23, 9), model.config.vocab_size)
     found = []
-    before = torch.get_num_threads()
     for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        try:
-            trunk = made(model, new_cache(model))
-            with torch.inference_mode():
-                found.append(torch.cat([trunk.trunk(*rows_of(spans, answers))[0] for spans in STEPS]))
-        finally:
-            torch.set_num_threads(before)
+        monkeypatch.setattr(Pace, "threads", lambda self, rows, most, threads=threads: threads)
+        trunk = made(model, new_cache(model))
+        with torch.inference_mode():
+            found.append(torch.cat([trunk.trunk(*rows_of(spans, answers))[0] for spans in STEPS]))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 

@@ -10,6 +10,7 @@ Shapes: N rows · D hidden_size · K experts a token · R rotary width.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fireflyer.config import LATENT_NORM_EPS
-from fireflyer.cost.parameters import count_parameters
+from fireflyer.infer.pace import Pace
 from fireflyer.infer.paged_cache import PagedCache
 from fireflyer.infer.scheduler import Span
 from fireflyer.model.block import Block
@@ -34,9 +35,6 @@ from fireflyer.numerics.native.library import BF16, FP32, INT8, ExpertTable, Lib
 
 MOST_ROWS = 64
 """Of a step; beyond, torch's products over many rows are the faster ones."""
-
-_WORK_A_THREAD = 16_000_000
-"""Multiplications that make one more thread worth its waits: each layer has a dozen places where all meet."""
 
 _CACHE_KINDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.int8: INT8}
 
@@ -130,7 +128,6 @@ class NativeTrunk:
             self._mtp.append(_Stack(model, [module.block], module.norm, cache))
         self._frequencies = rope_frequencies(config)
         self._amplitude = rope_amplitude(config.rope_scaling)
-        self._active = count_parameters(config).active
         self._cos = self._sin = torch.empty(0, config.qk_rope_head_dim // 2)
         kernels.raw.ff_decode.argtypes = [POINTER(_Decoder), POINTER(_Step), ctypes.c_int]
         kernels.raw.ff_decode.restype = None
@@ -170,22 +167,29 @@ class NativeTrunk:
             *(tensor.data_ptr() for tensor in (rows.positions_N, rows.targets_N, rows.tables, rows.table_starts_N)),
             *(self._cos.data_ptr(), self._sin.data_ptr(), count),
         )
-        threads = min(torch.get_num_threads(), 1 + self._active * count // _WORK_A_THREAD)
+        threads = stack.pace.threads(count, torch.get_num_threads())
         needed = self._kernels.raw.ff_decode_bytes(stack.decoder, step, threads)
         if needed > len(self._memory):
             self._memory = torch.empty(2 * needed, dtype=torch.uint8)
             step.memory = self._memory.data_ptr()
+        seconds = 0.0
         for stop in stack.stops:
             step.last = stop
-            self._kernels.raw.ff_decode(stack.decoder, step, threads)
+            seconds += self._timed(stack, step, threads)
             if stop < stack.num_layers or stack.ends_in_store:
                 layer, experts = stack.stored[stop - 1]
                 routed_ND.copy_(experts.by_kernels(self._kernels, h_ND, chosen[layer], weights_NK))
             step.first = stop
         if stack.ends_in_store:
-            self._kernels.raw.ff_decode(stack.decoder, step, threads)
+            seconds += self._timed(stack, step, threads)
+        stack.pace.took(count, threads, seconds)
         none = torch.empty(0)
         return y_ND, [Routing(layer, none, indices_NK, (1, count)) for layer, indices_NK in chosen.items()]
+
+    def _timed(self, stack: _Stack, step: _Step, threads: int) -> float:
+        began = time.perf_counter()
+        self._kernels.raw.ff_decode(stack.decoder, step, threads)
+        return time.perf_counter() - began
 
     def _reach(self, position: int) -> None:
         """Have cosines and sines up to a position."""
@@ -204,6 +208,7 @@ class _Stack:
             tensor for module in (*blocks, last_norm) for tensor in (*module.parameters(), *module.buffers())
         ]
         self._seen: list[tuple[int, int]] = []
+        self.pace = Pace()
         self.num_layers = len(blocks)
         self.stored: dict[int, tuple[int, PackedExperts | StoredExperts]] = {
             place: (block.layer_index, experts)
