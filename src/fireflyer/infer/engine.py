@@ -219,7 +219,7 @@ class Engine:
         if not rows:
             return
         started = time.perf_counter()
-        logits_RV = self._runner.logits(hidden_ND[places])
+        logits_RV = self._runner.logits(hidden_ND if len(places) == len(hidden_ND) else hidden_ND[places])
         self._stats.model_s += time.perf_counter() - started
         sampled = self._sampler(rows, logits_RV)
         for answer, first in ending:
