@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from fireflyer.cli import placement
 from fireflyer.cli.configs import find_model, find_recipe
 from fireflyer.errors import UserError
 
@@ -40,6 +41,7 @@ def add_parser(subparsers: Any) -> None:
     _add_training(parser)
     _add_layout(parser)
     _add_serving(parser)
+    placement.add_arguments(parser)
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +146,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("no CONFIG given; name a model, as `fireflyer plan deepseek-v3`, or give --sources")
     gpu = hardware.gpu(args.gpu)
     config = find_model(args.config)
+    if args.placement is not None:
+        return placement.place(args, config)
     args.precision = args.precision or ("fp8" if gpu.fp8_tflops else "bf16")
     gpu.peak(args.precision)
     rent = gpu.usd_per_hour if args.usd_per_hour is None else args.usd_per_hour
