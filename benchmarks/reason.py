@@ -29,9 +29,9 @@ from fireflyer.train import grpo_run
 from fireflyer.train.environments import Environment, open_environment
 from fireflyer.train.judges import Grade, Problem
 from fireflyer.train.loop import train
+from fireflyer.train.post_training_settings import GrpoSettings
 from fireflyer.train.recipe import load_recipe
 from fireflyer.train.rollout import Rollouts
-from fireflyer.train.settings import GrpoSettings
 from fireflyer.train.sft import open_chats
 
 SEEDS = (0, 1, 2)

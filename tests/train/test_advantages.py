@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fireflyer.train.advantages import equal_groups, group_advantages, token_weights
-from fireflyer.train.settings import LengthRule
+from fireflyer.train.post_training_settings import LengthRule
 
 REWARDS = st.lists(st.lists(st.floats(-10, 10, allow_nan=False), min_size=4, max_size=4), min_size=1, max_size=5)
 

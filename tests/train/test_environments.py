@@ -10,7 +10,7 @@ import pytest
 from fireflyer.errors import UserError
 from fireflyer.train.environments import open_environment
 from fireflyer.train.judges import Grade, same_number, same_text
-from fireflyer.train.settings import GrpoSettings
+from fireflyer.train.post_training_settings import GrpoSettings
 
 
 def _jsonl(folder: Path, *rows: object) -> str:

@@ -22,9 +22,10 @@ from fireflyer.train.grpo import GrpoSource
 from fireflyer.train.grpo_run import open_grpo
 from fireflyer.train.judges import Grade, Problem
 from fireflyer.train.loop import train
+from fireflyer.train.post_training_settings import GrpoSettings
 from fireflyer.train.recipe import load_recipe
 from fireflyer.train.rollout import Rollout
-from fireflyer.train.settings import GrpoSettings, Recipe
+from fireflyer.train.settings import Recipe
 
 STEPS = 5
 TIMES = {"rollout_s", "scoring_s", "update_s", "rollout_tokens_per_s", "train_s", "tokens_per_s", "peak_memory_bytes"}

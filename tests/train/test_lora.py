@@ -21,7 +21,7 @@ from fireflyer.infer.sampling_params import SamplingParams
 from fireflyer.model.decoder import Decoder
 from fireflyer.train.loop import train
 from fireflyer.train.lora import adapter_pairs, attach_adapters, fill_adapters
-from fireflyer.train.settings import LoraSettings
+from fireflyer.train.post_training_settings import LoraSettings
 from fireflyer.train.sft import open_chats
 
 CHATS = [chat("add " * (i % 5 + 1), "it is so " * (i % 3 + 1)) for i in range(20)]

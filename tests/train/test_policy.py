@@ -11,7 +11,7 @@ from torch import Tensor
 from fireflyer.train import policy
 from fireflyer.train.advantages import token_weights
 from fireflyer.train.policy import chosen_logprobs, kl_estimate, policy_terms
-from fireflyer.train.settings import LengthRule
+from fireflyer.train.post_training_settings import LengthRule
 
 
 def _terms(logp: Tensor, old: Tensor, advantage: Tensor, weight: Tensor, **more: object) -> policy.PolicyTerms:

@@ -11,7 +11,7 @@ from fireflyer.data.packing import NO_LABEL
 from fireflyer.model.decoder import Decoder, init_weights_
 from fireflyer.train.policy_batch import PolicyBatch, Trial, collate
 from fireflyer.train.policy_update import PolicyPart, answer_logprobs, policy_part
-from fireflyer.train.settings import GrpoSettings
+from fireflyer.train.post_training_settings import GrpoSettings
 from tests.tiny_run import tiny_recipe
 
 PAD = 2

@@ -10,7 +10,7 @@ from tiny_run import checkpoint_bytes, tiny_recipe, write_text
 from fireflyer.checkpoint.run import newest_good_checkpoint
 from fireflyer.train.loop import train
 from fireflyer.train.recipe import known_keys
-from fireflyer.train.settings import GrpoSettings
+from fireflyer.train.post_training_settings import DistillSettings, GrpoSettings
 
 STEPS = 4
 CHANGED = {
@@ -47,7 +47,8 @@ OTHERWISE_TESTED = {
     "no effect on the weights": {"ema.decay", "parallel.micro_batch_size", "parallel.recompute"},
     "post-training": {"lora.rank", "lora.alpha", "lora.targets", "lora.experts"}
     | {"dpo.beta", "dpo.label_smoothing", "dpo.normalize_length"}
-    | {f"grpo.{name}" for name in GrpoSettings.model_fields},
+    | {f"grpo.{name}" for name in GrpoSettings.model_fields}
+    | {f"distill.{name}" for name in DistillSettings.model_fields},
     "only with others": {"optimizer.muon_momentum", "schedule.final", "schedule.batch_start"}
     | {"schedule.batch_ramp_tokens", "schedule.batch_multiple"},
 }
@@ -102,4 +103,4 @@ def test_every_key_is_here():
     assert keys - listed == set()
 
 
-_TABLES = ("data", "optimizer", "schedule", "balance", "mtp", "ema", "parallel", "lora", "dpo", "grpo")
+_TABLES = ("data", "optimizer", "schedule", "balance", "mtp", "ema", "parallel", "lora", "dpo", "grpo", "distill")

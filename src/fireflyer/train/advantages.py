@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fireflyer.train.settings import LengthRule
+from fireflyer.train.post_training_settings import LengthRule
 
 _TINY = 1e-6
 """Beside the standard deviation: only keeps rewards that differ by rounding from being blown up."""

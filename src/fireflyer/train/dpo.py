@@ -32,11 +32,12 @@ from fireflyer.errors import UserError
 from fireflyer.model.decoder import Decoder
 from fireflyer.train.events import Event, Notice
 from fireflyer.train.objective import Evaluation, Part, Trunk
+from fireflyer.train.post_training_settings import DpoSettings
 from fireflyer.train.precision import autocast
 from fireflyer.train.preference_loss import PreferenceTerms, answer_logprobs, preference_terms
 from fireflyer.train.pretraining import without_padding
 from fireflyer.train.recipe import take_stored_choices, with_epoch_tokens
-from fireflyer.train.settings import DpoSettings, Recipe
+from fireflyer.train.settings import Recipe
 from fireflyer.train.setup import Inputs, choose
 from fireflyer.train.sft import check_post_training, taught_tokenizer
 

@@ -17,7 +17,7 @@ from fireflyer.config.messages import nearest, shown
 from fireflyer.errors import UserError
 from fireflyer.evaluate.sandbox import Limits, Outcome, Sandbox
 from fireflyer.train.judges import Grade, Problem, how_it_ended, jsonl_grader
-from fireflyer.train.settings import GrpoSettings, Judge
+from fireflyer.train.post_training_settings import GrpoSettings, Judge
 
 
 class Environment(Protocol):

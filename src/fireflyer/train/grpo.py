@@ -22,10 +22,10 @@ from fireflyer.train.advantages import equal_groups, group_advantages
 from fireflyer.train.environments import Environment
 from fireflyer.train.judges import Problem
 from fireflyer.train.policy_batch import PolicyBatch, Trial, collate
+from fireflyer.train.post_training_settings import GrpoSettings
 from fireflyer.train.prompts import PromptForm
 from fireflyer.train.rewards import Reward, judge
 from fireflyer.train.rollout import Rollout, Rollouts
-from fireflyer.train.settings import GrpoSettings
 
 Reference = Callable[[Sequence[tuple[list[int], list[int]]]], list[list[float]]]
 """(prompt, answer) ids in; log-probabilities of the answers' tokens by the reference model out."""

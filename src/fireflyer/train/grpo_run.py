@@ -29,13 +29,14 @@ from fireflyer.train.grpo import GrpoSource, Reference
 from fireflyer.train.objective import Evaluation, Part, Trunk
 from fireflyer.train.policy_batch import PolicyBatch
 from fireflyer.train.policy_update import answer_logprobs, policy_part
+from fireflyer.train.post_training_settings import GrpoSettings
 from fireflyer.train.precision import autocast
 from fireflyer.train.prompts import PromptForm
 from fireflyer.train.recipe import take_stored_choices
 from fireflyer.train.rewards import judge
 from fireflyer.train.rollout import Rollouts
-from fireflyer.train.settings import GrpoSettings, Recipe
-from fireflyer.train.setup import Inputs, choose
+from fireflyer.train.settings import Recipe
+from fireflyer.train.setup import Inputs, check_tables, choose
 
 _REFERENCE_ROWS = 64
 
@@ -218,9 +219,7 @@ def _check(recipe: Recipe) -> None:
             f"grpo.max_answer_tokens = {settings.max_answer_tokens} leaves no room for a prompt in seq_len ="
             f" {recipe.seq_len}; lower it or raise seq_len"
         )
-    for name, given in (("lora", recipe.lora), ("dpo", recipe.dpo)):
-        if given is not None:
-            raise UserError(f"the recipe has [{name}], which fireflyer grpo doesn't have; leave it out")
+    check_tables(recipe, "grpo", "grpo")
     for key, value in (("mtp.weight", recipe.mtp.weight), ("balance.sequence_alpha", recipe.balance.sequence_alpha)):
         if value:
             raise UserError(f"{key} = {value}: GRPO has no such loss; set it to 0")

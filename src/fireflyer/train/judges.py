@@ -15,7 +15,7 @@ from fireflyer.config.messages import shown
 from fireflyer.errors import UserError
 from fireflyer.evaluate.answers import boxed, code_block
 from fireflyer.evaluate.sandbox import Limits, Outcome, Sandbox
-from fireflyer.train.settings import Judge
+from fireflyer.train.post_training_settings import Judge
 
 _LONGEST_NUMBER = 400
 

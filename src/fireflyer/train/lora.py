@@ -20,7 +20,7 @@ from fireflyer.errors import UserError
 from fireflyer.model.decoder import Decoder
 from fireflyer.model.experts import Experts, grouped_linear
 from fireflyer.model.row_tiles import RowTiles
-from fireflyer.train.settings import LoraSettings
+from fireflyer.train.post_training_settings import LoraSettings
 
 
 class LoraLinear(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fireflyer.data.packing import NO_LABEL
 from fireflyer.train.advantages import token_weights
-from fireflyer.train.settings import LengthRule
+from fireflyer.train.post_training_settings import LengthRule
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fireflyer.model.decoder import Decoder, TrunkOutput
 from fireflyer.model.experts import Routing
 from fireflyer.train.policy import PolicyTerms, chosen_logprobs, policy_terms
 from fireflyer.train.policy_batch import PolicyBatch
-from fireflyer.train.settings import GrpoSettings
+from fireflyer.train.post_training_settings import GrpoSettings
 
 
 @dataclass(frozen=True)

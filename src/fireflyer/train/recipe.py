@@ -28,8 +28,9 @@ from fireflyer.train.layers import (
     toml_value,
 )
 from fireflyer.train.quantities import parse_quantity
-from fireflyer.train.settings import FinalPhase, Recipe, SettingError, Table
+from fireflyer.train.settings import FinalPhase, Recipe
 from fireflyer.train.size import parse_size, sized_settings
+from fireflyer.train.tables import SettingError, Table
 from fireflyer.train.toml import to_toml_text
 
 DEFAULT_RECIPE = "ember"

@@ -10,18 +10,19 @@ import re
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, model_validator
+from pydantic import Field, PlainValidator, Strict, model_validator
 
 from fireflyer.config import ModelConfig
-from fireflyer.train.quantities import parse_boundary, parse_quantity, resolve_boundary
+from fireflyer.train.post_training_settings import (
+    ADAPTABLE,
+    DistillSettings,
+    DpoSettings,
+    GrpoSettings,
+    LoraSettings,
+)
+from fireflyer.train.quantities import resolve_boundary
 from fireflyer.train.ramp import BatchRamp
-
-Tokens = Annotated[int, PlainValidator(parse_quantity)]
-Boundary = Annotated[int | str, PlainValidator(parse_boundary)]
-Fraction01 = Annotated[float, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
+from fireflyer.train.tables import Beta, Boundary, Fraction01, NotNegative, Positive, SettingError, Table, Tokens
 
 
 def _device(value: object) -> str:
@@ -30,22 +31,10 @@ def _device(value: object) -> str:
     return value
 
 
-class SettingError(ValueError):
-    """Settings that contradict one another; `key` is the dotted one to change."""
-
-    def __init__(self, key: str, text: str) -> None:
-        super().__init__(text)
-        self.key = key
-
-
-class Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
 class DataSettings(Table):
     """[data]: what is read: PATH[:WEIGHT] or builtin:NAME[:WEIGHT]. Without `tokenizer` one is trained on it."""
 
-    sources: list[str] = []
+    sources: list[str] = Field(default_factory=list)
     tokenizer: str | None = None
     fim_rate: Fraction01 = 0.0
     mask_documents: bool = False
@@ -84,7 +73,7 @@ class ScheduleSettings(Table):
     constant_until: Boundary = "70%"
     cosine_until: Boundary = "100%"
     cosine_lr: NotNegative | None = None
-    final: list[FinalPhase] = []
+    final: list[FinalPhase] = Field(default_factory=list)
     batch_start: Annotated[int, Field(ge=1)] | None = None
     batch_ramp_tokens: Tokens | None = None
     batch_multiple: Annotated[int, Field(ge=1)] = 1
@@ -119,79 +108,6 @@ class ParallelSettings(Table):
     recompute: bool = False
 
 
-LengthRule = Literal["answer", "token", "constant"]
-Judge = Literal["auto", "exact", "number", "math", "code"]
-
-
-class GrpoSettings(Table):
-    """[grpo]: problems, rewards, and the objective (report 5.2.2) with its named corrections.
-
-    environment: a reasoning-gym name, with `options` as KEY=VALUE of its data set; a JSONL file; or a Python file.
-    judge: how a JSONL file's answers are compared; "auto" looks at them.
-    prompt, system: "chat" asks in the checkpoint's chat template, "raw" puts the problem as it stands.
-    group_size: answers to each problem; updates: optimizer steps for each set of rollouts.
-    max_answer_tokens: where an answer is cut off; answers_at_once: how many are written at the same time.
-    answer_weight, format_weight: of the grader's reward, and of 1 for the form thought, answer, end.
-    normalize_std false and length_rule "constant" are Dr. GRPO's; length_rule "token" and a clip_high above clip_low
-    DAPO's. kl_weight: β, towards the checkpoint that the run began from; 0 needs no reference model.
-    mask_truncated: answers that were cut off only count within their group. routing_replay: an update takes the experts
-    that its rollouts took. held_out: problems kept for evaluation. grade_timeout_s, grade_memory_mib: limits of
-    grading one answer.
-    """
-
-    environment: str = ""
-    options: list[str] = []
-    judge: Judge = "auto"
-    prompt: Literal["chat", "raw"] = "chat"
-    system: str | None = None
-    group_size: Annotated[int, Field(ge=2)] = 16
-    updates: Annotated[int, Field(ge=1)] = 1
-    max_answer_tokens: Annotated[int, Field(ge=1)] = 256
-    answers_at_once: Annotated[int, Field(ge=1)] = 128
-    answer_weight: NotNegative = 1.0
-    format_weight: NotNegative = 0.1
-    normalize_std: bool = True
-    length_rule: LengthRule = "answer"
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    clip_high: Positive = 0.2
-    kl_weight: NotNegative = 0.001
-    mask_truncated: bool = False
-    routing_replay: bool = False
-    held_out: Annotated[int, Field(ge=0)] = 64
-    grade_timeout_s: Positive = 10.0
-    grade_memory_mib: Annotated[int, Field(ge=64)] = 1024
-
-
-class LoraSettings(Table):
-    """[lora]: train low-rank adapters beside frozen weights: W + alpha / rank · B A.
-
-    targets: projections by their published names. experts: whether the routed experts' are among them.
-    """
-
-    rank: Annotated[int, Field(ge=1)] = 16
-    alpha: Positive = 32.0
-    targets: list[str] = [
-        "q_proj",
-        "q_a_proj",
-        "q_b_proj",
-        "kv_a_proj_with_mqa",
-        "kv_b_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    ]
-    experts: bool = True
-
-
-class DpoSettings(Table):
-    """[dpo]: β, the share of pairs taken to be the wrong way round, and whether an answer counts by its mean token."""
-
-    beta: Positive = 0.1
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    normalize_length: bool = False
-
-
 class Recipe(Table):
     """Everything that decides a run. Of `steps`, `tokens` and `epochs` the first one given holds."""
 
@@ -224,6 +140,7 @@ class Recipe(Table):
     lora: LoraSettings | None = None
     dpo: DpoSettings | None = None
     grpo: GrpoSettings | None = None
+    distill: DistillSettings | None = None
 
     @property
     def batch_ramp(self) -> BatchRamp:
@@ -311,10 +228,9 @@ def _check_sequences(recipe: Recipe) -> None:
 def _check_lora(recipe: Recipe) -> None:
     if recipe.lora is None:
         return
-    known = LoraSettings().targets
     for target in recipe.lora.targets:
-        if target not in known:
-            text = f"lora.targets has {target!r}; what can be adapted is {', '.join(known)}"
+        if target not in ADAPTABLE:
+            text = f"lora.targets has {target!r}; what can be adapted is {', '.join(ADAPTABLE)}"
             raise SettingError("lora.targets", text)
     if not recipe.lora.targets or ("gate_proj" in recipe.lora.targets) != ("up_proj" in recipe.lora.targets):
         text = "lora.targets needs one projection at least, and gate_proj and up_proj together: the two are one matrix"

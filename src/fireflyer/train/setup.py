@@ -98,9 +98,7 @@ def open_inputs(recipe: Recipe, run_dir: Path, stored: Recipe | None, on_event: 
     Raises UserError.
     """
     recipe = choose(recipe if stored is None else take_stored_choices(recipe, stored))
-    for name, table in (("lora", recipe.lora), ("dpo", recipe.dpo), ("grpo", recipe.grpo)):
-        if table is not None:
-            raise UserError(f"the recipe has [{name}], which is for post-training, as fireflyer sft; leave it out")
+    check_tables(recipe, "pretrain")
     data = recipe.data
     mixture = open_sources(
         data.sources,
@@ -121,6 +119,14 @@ def open_inputs(recipe: Recipe, run_dir: Path, stored: Recipe | None, on_event: 
         return Pretraining(recipe, model, tokenizer, _open_loader(recipe, mixture, tokenizer), held_out)
 
     return Inputs(recipe, tokenizer, objective)
+
+
+def check_tables(recipe: Recipe, verb: str, *own: str) -> None:
+    """Refuse a table of post-training that `verb` doesn't read. Raises UserError."""
+    tables = {"lora": recipe.lora, "dpo": recipe.dpo, "grpo": recipe.grpo, "distill": recipe.distill}
+    for name, table in tables.items():
+        if table is not None and name not in own:
+            raise UserError(f"the recipe has [{name}], which fireflyer {verb} doesn't read; leave it out")
 
 
 def choose(recipe: Recipe) -> Recipe:

@@ -21,13 +21,13 @@ from fireflyer.train.events import Event
 from fireflyer.train.pretraining import Pretraining
 from fireflyer.train.recipe import take_stored_choices, with_epoch_tokens
 from fireflyer.train.settings import Recipe
-from fireflyer.train.setup import Inputs, choose
+from fireflyer.train.setup import Inputs, check_tables, choose
 
 
 def open_chats(recipe: Recipe, run_dir: Path, stored: Recipe | None, on_event: Callable[[Event], None]) -> Inputs:
     """Everything that SFT reads, checked; writes nothing. Raises UserError."""
     recipe = choose(recipe if stored is None else take_stored_choices(recipe, stored))
-    check_post_training(recipe)
+    check_post_training(recipe, "sft")
     tokenizer = taught_tokenizer(recipe, run_dir)
     chats = read_chats(recipe.data.sources, tokenizer, recipe.seq_len)
     train, held_out = _split(recipe, chats, tokenizer)
@@ -45,14 +45,12 @@ def open_chats(recipe: Recipe, run_dir: Path, stored: Recipe | None, on_event: C
     return Inputs(recipe, tokenizer, objective)
 
 
-def check_post_training(recipe: Recipe, table: str | None = None) -> None:
-    """What every kind of post-training asks of a recipe; `table` is its own. Raises UserError."""
-    for name, given in (("dpo", recipe.dpo), ("grpo", recipe.grpo)):
-        if given is not None and table != name:
-            raise UserError(f"the recipe has [{name}], which is for fireflyer {name}; leave it out")
+def check_post_training(recipe: Recipe, verb: str) -> None:
+    """What learning from chats, pairs or a teacher's answers asks of a recipe. Raises UserError."""
+    check_tables(recipe, verb, "lora", verb)
     if recipe.init_from is None:
         raise UserError("post-training begins from a model: give --from CHECKPOINT")
-    if not recipe.data.sources:
+    if not recipe.data.sources and verb != "distill":
         raise UserError("no data: give --data FILE.jsonl")
     if not recipe.data.mask_documents:
         raise UserError("data.mask_documents = false: sequences of a row must not see each other; leave it out")
