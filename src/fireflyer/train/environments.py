@@ -17,7 +17,7 @@ from fireflyer.config.messages import nearest, shown
 from fireflyer.errors import UserError
 from fireflyer.evaluate.sandbox import Limits, Outcome, Sandbox
 from fireflyer.train.judges import Grade, Problem, how_it_ended, jsonl_grader
-from fireflyer.train.post_training_settings import GrpoSettings, Judge
+from fireflyer.train.post_training_settings import ProblemSettings
 
 
 class Environment(Protocol):
@@ -41,7 +41,7 @@ class Environment(Protocol):
         ...
 
 
-def open_environment(settings: GrpoSettings, seed: int) -> Environment:
+def open_environment(settings: ProblemSettings, seed: int) -> Environment:
     """Raises UserError for what is wrong with the name or the file, with its line and reason."""
     name, limits = settings.environment, Limits(settings.grade_timeout_s, settings.grade_memory_mib)
     if not name:
@@ -51,21 +51,23 @@ def open_environment(settings: GrpoSettings, seed: int) -> Environment:
         if not path.is_file():
             raise UserError(f"--env {name}: no such file")
         if settings.options:
-            raise UserError(f"grpo.options = {settings.options} is for reasoning-gym's data sets, not for a file")
-        return JsonlEnvironment(path, settings.judge, limits) if path.suffix == ".jsonl" else PythonFile(path, limits)
+            raise UserError(
+                f"{settings.table}.options = {settings.options} is for reasoning-gym's data sets, not for a file"
+            )
+        return JsonlEnvironment(path, settings, limits) if path.suffix == ".jsonl" else PythonFile(path, limits)
     if path.exists():
         raise UserError(f"--env {name}: a file of problems must end in .jsonl, a grader of your own in .py")
-    return ReasoningGym(name, settings.options, seed, limits)
+    return ReasoningGym(settings, seed, limits)
 
 
 class JsonlEnvironment:
     """Lines of {"problem": ..., "answer": ...}, or with "tests" instead of "answer" for code."""
 
-    def __init__(self, path: Path, judge: Judge, limits: Limits) -> None:
+    def __init__(self, path: Path, settings: ProblemSettings, limits: Limits) -> None:
         self.name = str(path)
         self._sha256, self._problems = _read_problems(path)
         self.num_problems: int | None = len(self._problems)
-        self._grader = jsonl_grader(self._problems, judge, limits)
+        self._grader = jsonl_grader(self._problems, settings, limits)
 
     def fingerprint(self) -> str:
         return self._sha256
@@ -118,10 +120,10 @@ class ReasoningGym:
 
     num_problems: int | None = None
 
-    def __init__(self, name: str, options: Sequence[str], seed: int, limits: Limits) -> None:
-        self.name = name
-        self._fingerprint = json.dumps([name, list(options), seed])
-        self._dataset = _create_dataset(name, options, seed)
+    def __init__(self, settings: ProblemSettings, seed: int, limits: Limits) -> None:
+        self.name = settings.environment
+        self._fingerprint = json.dumps([self.name, settings.options, seed])
+        self._dataset = _create_dataset(settings, seed)
         self._sandbox = Sandbox(Path(__file__).with_name("reasoning_gym_grader.py"), limits)
 
     def fingerprint(self) -> str:
@@ -219,7 +221,8 @@ def _load_python(path: Path, limits: Limits) -> tuple[list[Any], float, float]:
     return problems, float(reward_range[0]), float(reward_range[1])
 
 
-def _create_dataset(name: str, options: Sequence[str], seed: int) -> Any:
+def _create_dataset(settings: ProblemSettings, seed: int) -> Any:
+    name, options = settings.environment, f"{settings.table}.options"
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError:
@@ -231,20 +234,20 @@ def _create_dataset(name: str, options: Sequence[str], seed: int) -> Any:
         close = f"did you mean {guess}?" if guess else f"its names: {', '.join(sorted(DATASETS))}"
         raise UserError(f"--env {name}: neither a file nor a data set of reasoning-gym; {close}")
     try:
-        dataset = create_dataset(name, seed=seed % 2**31, size=2**31, **_parsed(options))
+        dataset = create_dataset(name, seed=seed % 2**31, size=2**31, **_parsed(settings.options, options))
         dataset[0]
     except Exception as error:  # its data sets check their settings with assert, TypeError and ValueError alike
-        raise UserError(f"--env {name}, grpo.options = {list(options)}: {error or type(error).__name__}") from error
+        raise UserError(f"--env {name}, {options} = {settings.options}: {error or type(error).__name__}") from error
     return dataset
 
 
-def _parsed(options: Sequence[str]) -> dict[str, Any]:
+def _parsed(options: Sequence[str], key_of_recipe: str) -> dict[str, Any]:
     parsed = {}
     for option in options:
         key, equals, text = option.partition("=")
         if not equals:
             raise UserError(
-                f'grpo.options has {option!r}, which is not KEY=VALUE; write ["min_terms=2", "max_terms=3"]'
+                f'{key_of_recipe} has {option!r}, which is not KEY=VALUE; write ["min_terms=2", "max_terms=3"]'
             )
         try:
             parsed[key.strip()] = json.loads(text)

@@ -31,7 +31,7 @@ from fireflyer.train.policy_batch import PolicyBatch
 from fireflyer.train.policy_update import answer_logprobs, policy_part
 from fireflyer.train.post_training_settings import GrpoSettings
 from fireflyer.train.precision import autocast
-from fireflyer.train.prompts import PromptForm
+from fireflyer.train.prompts import PromptForm, check_problems, prompt_form
 from fireflyer.train.recipe import take_stored_choices
 from fireflyer.train.rewards import judge
 from fireflyer.train.rollout import Rollouts
@@ -189,9 +189,9 @@ def open_grpo(recipe: Recipe, run_dir: Path, stored: Recipe | None, on_event: Ca
         assert recipe.data.tokenizer is not None, "a recipe with init_from has a tokenizer"
         tokenizer = Tokenizer.from_file(recipe.data.tokenizer)
     settings = grpo_settings(recipe)
-    prompts = PromptForm(tokenizer, settings.prompt, settings.system, recipe.seq_len, settings.max_answer_tokens)
+    prompts = prompt_form(settings, tokenizer, recipe.seq_len)
     environment = open_environment(settings, recipe.seed)
-    _check_problems(recipe, environment, prompts)
+    check_problems(environment, prompts, held_out(recipe), settings.table)
 
     def objective(model: Decoder) -> Grpo:
         return Grpo(recipe, model, environment, prompts, run_dir, on_event, _reference(recipe, tokenizer))
@@ -214,30 +214,12 @@ def _check(recipe: Recipe) -> None:
         )
     if recipe.schedule.batch_start is not None:
         raise UserError("schedule.batch_start: the batch of a GRPO run stays as it is; leave it out")
-    if settings.max_answer_tokens >= recipe.seq_len:
-        raise UserError(
-            f"grpo.max_answer_tokens = {settings.max_answer_tokens} leaves no room for a prompt in seq_len ="
-            f" {recipe.seq_len}; lower it or raise seq_len"
-        )
     check_tables(recipe, "grpo", "grpo")
     for key, value in (("mtp.weight", recipe.mtp.weight), ("balance.sequence_alpha", recipe.balance.sequence_alpha)):
         if value:
             raise UserError(f"{key} = {value}: GRPO has no such loss; set it to 0")
     if settings.routing_replay and not recipe.model.n_routed_experts:
         raise UserError("grpo.routing_replay = true: this model has no routed experts; leave it out")
-
-
-def _check_problems(recipe: Recipe, environment: Environment, prompts: PromptForm) -> None:
-    """Every prompt of a file has to fit; of problems without end the first few are looked at."""
-    count, kept = environment.num_problems, held_out(recipe)
-    if count is not None and count <= kept:
-        raise UserError(
-            f"{environment.name}: {count} problems, of which evaluation holds out grpo.held_out = {kept}; none is left"
-            " to train on"
-        )
-    for number in range(kept + 16 if count is None else count):
-        problem = environment.problem(number)
-        prompts.encode(problem.prompt, problem.where)
 
 
 def _reference(recipe: Recipe, tokenizer: Tokenizer) -> Reference | None:

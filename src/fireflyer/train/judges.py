@@ -15,7 +15,7 @@ from fireflyer.config.messages import shown
 from fireflyer.errors import UserError
 from fireflyer.evaluate.answers import boxed, code_block
 from fireflyer.evaluate.sandbox import Limits, Outcome, Sandbox
-from fireflyer.train.post_training_settings import Judge
+from fireflyer.train.post_training_settings import ProblemSettings
 
 _LONGEST_NUMBER = 400
 
@@ -122,8 +122,9 @@ def _number(text: str) -> Fraction | None:
         return None
 
 
-def jsonl_grader(problems: Sequence[Problem], judge: Judge, limits: Limits) -> JsonlGrader:
+def jsonl_grader(problems: Sequence[Problem], settings: ProblemSettings, limits: Limits) -> JsonlGrader:
     """What compares the answers of a file. Raises UserError for an answer that it couldn't compare with."""
+    judge = settings.judge
     tests = [problem for problem in problems if "tests" in problem.reference]
     if judge == "auto":
         numbers = all("answer" in p.reference and _number(p.reference["answer"]) is not None for p in problems)
@@ -135,13 +136,13 @@ def jsonl_grader(problems: Sequence[Problem], judge: Judge, limits: Limits) -> J
         if judge == "number" and _number(problem.reference["answer"]) is None:
             raise UserError(f"{problem.where}: answer {shown(problem.reference['answer'])} is no number")
     if judge == "math":
-        return _checked_mathematics(problems, limits)
+        return _checked_mathematics(problems, limits, f"{settings.table}.judge")
     if judge == "code":
         return _Programs(limits)
     return _Compared(same_number if judge == "number" else same_text)
 
 
-def _checked_mathematics(problems: Sequence[Problem], limits: Limits) -> _Mathematics:
+def _checked_mathematics(problems: Sequence[Problem], limits: Limits, key: str) -> _Mathematics:
     """Every expected answer is compared with itself once: one that can't be read is found before the run."""
     grader = _Mathematics(limits)
     grades = grader.grade([(problem.reference, problem.reference["answer"]) for problem in problems])
@@ -151,6 +152,6 @@ def _checked_mathematics(problems: Sequence[Problem], limits: Limits) -> _Mathem
             grader.close()
             raise UserError(
                 f"{problem.where}: math-verify can't read the answer {answer}; write it in LaTeX between dollar signs,"
-                " or --set grpo.judge=exact"
+                f" or --set {key}=exact"
             )
     return grader

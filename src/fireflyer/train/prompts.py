@@ -10,6 +10,8 @@ from typing import Literal
 
 from fireflyer.errors import UserError
 from fireflyer.text.tokenizer import Tokenizer
+from fireflyer.train.environments import Environment
+from fireflyer.train.post_training_settings import ProblemSettings
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,33 @@ class PromptForm:
             text, ids = self.tokenizer.render_chat(messages), self.tokenizer.encode_chat(messages)
         if len(ids) + self.max_answer_tokens > self.max_length:
             raise UserError(
-                f"{where}: the prompt has {len(ids)} tokens, which with grpo.max_answer_tokens ="
+                f"{where}: the prompt has {len(ids)} tokens, which with max_answer_tokens ="
                 f" {self.max_answer_tokens} is more than seq_len = {self.max_length}; raise seq_len, or leave it out"
             )
         return text, ids
+
+
+_LOOKED_AT = 16
+
+
+def prompt_form(settings: ProblemSettings, tokenizer: Tokenizer, seq_len: int) -> PromptForm:
+    """How a recipe's problems are put to the model of this tokenizer. Raises UserError where there is no room."""
+    if settings.max_answer_tokens >= seq_len:
+        raise UserError(
+            f"{settings.table}.max_answer_tokens = {settings.max_answer_tokens} leaves no room for a prompt in seq_len"
+            f" = {seq_len}; lower it or raise seq_len"
+        )
+    return PromptForm(tokenizer, settings.prompt, settings.system, seq_len, settings.max_answer_tokens)
+
+
+def check_problems(environment: Environment, prompts: PromptForm, held_out: int, table: str) -> None:
+    """Every prompt of a file has to fit; of problems without end the first few are looked at. Raises UserError."""
+    count = environment.num_problems
+    if count is not None and count <= held_out:
+        raise UserError(
+            f"{environment.name}: {count} problems, of which evaluation holds out {table}.held_out = {held_out}; none"
+            " is left to train on"
+        )
+    for number in range(held_out + _LOOKED_AT if count is None else count):
+        problem = environment.problem(number)
+        prompts.encode(problem.prompt, problem.where)

@@ -7,10 +7,10 @@ are drawn at temperature 1 with no filter, so that these are the policy's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fireflyer.errors import UserError
+from fireflyer.errors import Stopped, UserError
 from fireflyer.infer.llm import LLM
 from fireflyer.infer.options import EngineOptions
 from fireflyer.infer.request import Request
@@ -79,16 +79,28 @@ class Rollouts:
             llm.make_request(list(prompt), _seeded(params, seed), report_experts=self._record_experts)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        with llm.lock:
-            llm.engine.forget_prefixes()  # they are of other weights
-            for request in requests:
-                llm.engine.add(request)
-            while not all(request.finished for request in requests):
-                llm.engine.step()
-        failed = [answer for request in requests for answer in request.answers if answer.finish_reason == "error"]
-        if failed:
-            raise UserError(f"rollouts: {failed[0].error}")
+        finish(llm, requests)
         return requests
+
+
+def finish(llm: LLM, requests: Sequence[Request], should_stop: Callable[[], bool] = lambda: False) -> None:
+    """Answer all requests, from no cached prefix. Raises UserError where the model's logits are not finite.
+
+    should_stop: asked after every step; once true, the requests are given up and Stopped is raised.
+    """
+    with llm.lock:
+        llm.engine.forget_prefixes()  # they may be of other weights; and what is cached decides the last bits
+        for request in requests:
+            llm.engine.add(request)
+        while not all(request.finished for request in requests):
+            llm.engine.step()
+            if should_stop():
+                for request in requests:
+                    llm.engine.abort(request.request_id)
+                raise Stopped
+    failed = [answer for request in requests for answer in request.answers if answer.finish_reason == "error"]
+    if failed:
+        raise UserError(f"rollouts: {failed[0].error}")
 
 
 def _seeded(params: SamplingParams, seed: int) -> SamplingParams:
