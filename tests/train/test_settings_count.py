@@ -9,8 +9,8 @@ from tiny_run import checkpoint_bytes, tiny_recipe, write_text
 
 from fireflyer.checkpoint.run import newest_good_checkpoint
 from fireflyer.train.loop import train
-from fireflyer.train.recipe import known_keys
 from fireflyer.train.post_training_settings import DistillSettings, GrpoSettings
+from fireflyer.train.recipe import known_keys
 
 STEPS = 4
 CHANGED = {
@@ -38,6 +38,8 @@ CHANGED = {
     "mtp.weight": 1.0,
     "mtp.late_weight": 1.0,
     "mtp.late_from": "10%",
+    "precision.matmul": "fp8",
+    "precision.moments": "bf16",
     "model.initializer_range": 0.1,
 }
 OTHERWISE_TESTED = {
@@ -49,7 +51,7 @@ OTHERWISE_TESTED = {
     | {"dpo.beta", "dpo.label_smoothing", "dpo.normalize_length"}
     | {f"grpo.{name}" for name in GrpoSettings.model_fields}
     | {f"distill.{name}" for name in DistillSettings.model_fields},
-    "only with others": {"optimizer.muon_momentum", "schedule.final", "schedule.batch_start"}
+    "only with others": {"optimizer.muon_momentum", "precision.gradient_tile", "schedule.final", "schedule.batch_start"}
     | {"schedule.batch_ramp_tokens", "schedule.batch_multiple"},
 }
 
@@ -82,6 +84,7 @@ def test_it_changes_the_weights(key: str, base: bytes, text: Path, tmp_path: Pat
     ("first", "second"),
     [
         ({"optimizer__name": "muon"}, {"optimizer__name": "muon", "optimizer__muon_momentum": 0.5}),
+        ({"precision__matmul": "fp8"}, {"precision__matmul": "fp8", "precision__gradient_tile": "128x128"}),
         (
             {"schedule__batch_start": 2, "schedule__batch_ramp_tokens": 300, "schedule__batch_multiple": 1},
             {"schedule__batch_start": 2, "schedule__batch_ramp_tokens": 300, "schedule__batch_multiple": 2},
@@ -103,4 +106,17 @@ def test_every_key_is_here():
     assert keys - listed == set()
 
 
-_TABLES = ("data", "optimizer", "schedule", "balance", "mtp", "ema", "parallel", "lora", "dpo", "grpo", "distill")
+_TABLES = (
+    "data",
+    "optimizer",
+    "schedule",
+    "balance",
+    "mtp",
+    "ema",
+    "parallel",
+    "precision",
+    "lora",
+    "dpo",
+    "grpo",
+    "distill",
+)

@@ -70,14 +70,17 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (grad,) = grads
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return grad_gate_up
+        return swiglu_gradient(grads[0], *ctx.saved_tensors)
+
+
+def swiglu_gradient(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient of `swiglu`'s input by that of its result."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    grad_gate_up = torch.empty_like(gate_up)
+    grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+    torch.mul(F.silu(gate), grad, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    return grad_gate_up
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -100,17 +103,20 @@ class _WeightedSwiGLU(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor, Tensor]:
-        (grad,) = grads
-        gate_up_MJ, weight_M = ctx.saved_tensors
-        gate, up = gate_up_MJ.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up_MJ)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        by_up = grad * up
-        silu = F.silu(gate)
-        grad_weight_M = torch.bmm(by_up[:, None], silu[:, :, None])[:, 0, 0]
-        torch.ops.aten.silu_backward.grad_input(by_up.mul_(weight_M[:, None]), gate, grad_input=grad_gate)
-        torch.mul(silu.mul_(weight_M[:, None]), grad, out=grad_up)
-        return grad_gate_up, grad_weight_M
+        return weighted_swiglu_gradients(grads[0], *ctx.saved_tensors)
+
+
+def weighted_swiglu_gradients(grad: Tensor, gate_up_MJ: Tensor, weight_M: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `weighted_swiglu`'s inputs by that of its result."""
+    gate, up = gate_up_MJ.chunk(2, dim=-1)
+    grad_gate_up = torch.empty_like(gate_up_MJ)
+    grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+    by_up = grad * up
+    silu = F.silu(gate)
+    grad_weight_M = torch.bmm(by_up[:, None], silu[:, :, None])[:, 0, 0]
+    torch.ops.aten.silu_backward.grad_input(by_up.mul_(weight_M[:, None]), gate, grad_input=grad_gate)
+    torch.mul(silu.mul_(weight_M[:, None]), grad, out=grad_up)
+    return grad_gate_up, grad_weight_M
 
 
 def weighted_swiglu(gate_up_MJ: Tensor, weight_M: Tensor) -> Tensor:

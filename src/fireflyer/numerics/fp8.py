@@ -14,11 +14,12 @@ from torch import Tensor
 
 E4M3_MAX = 448.0
 WEIGHT_BLOCK = (128, 128)
+HALF_SHIFT = 256.0
+"""2^(15 - 7), between the biases of fp16's and e4m3's exponents: what `shifted` values are too small by."""
 
 _BAND = 1 << 17  # numbers worked on at a time
-_HALF_SHIFT = 256.0  # 2^(15 - 7), between the exponents' biases
 _HALF_BITS = -16512  # fp16's sign, the lower four bits of its exponent, the upper three of its mantissa: 0xbf80
-_LARGEST_SHIFTED = 2.0**119  # beyond it a scale times _HALF_SHIFT could overflow
+_LARGEST_SHIFTED = 2.0**119  # beyond it a scale times HALF_SHIFT could overflow
 
 
 def scale_shape(shape: tuple[int, int], block: tuple[int, int] = WEIGHT_BLOCK) -> tuple[int, int]:
@@ -47,9 +48,9 @@ def dequantize_block(
     if out.numel() == 0:
         return out
     as_half = not _has_nan(weight) and bool((scale_inv.abs() < _LARGEST_SHIFTED).all())
-    factors = scale_inv * _HALF_SHIFT if as_half else scale_inv
+    factors = scale_inv * HALF_SHIFT if as_half else scale_inv
     for grid_row, start, stop in _bands(weight.shape, block[0]):
-        values = _shifted(weight[start:stop]) if as_half else weight[start:stop].float()
+        values = shifted(weight[start:stop]) if as_half else weight[start:stop].float()
         out[start:stop] = values.mul_(_spread(factors[grid_row], weight.shape[1], block[1]))
     return out
 
@@ -75,9 +76,7 @@ def quantize_block(
         torch.maximum(kept, weight[start:stop].float().abs().amax(dim=0), out=kept)
     scale_inv = largest.view(*grid, block[1]).amax(dim=2) / E4M3_MAX
     if power_of_two:
-        mantissa, exponent = torch.frexp(scale_inv)
-        rounded_up = torch.ldexp(torch.ones_like(scale_inv), exponent - (mantissa == 0.5).int())
-        scale_inv = torch.where(scale_inv.isfinite() & (scale_inv > 0), rounded_up, scale_inv)
+        scale_inv = power_of_two_above(scale_inv)
     # Zero also where amax is so small that the quotient underflows: 0/0 would make NaN of a harmless block.
     scale_inv = torch.where(scale_inv == 0, torch.ones_like(scale_inv), scale_inv)
     quantized = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
@@ -86,6 +85,20 @@ def quantize_block(
         # A subnormal scale is coarse enough to push the quotient past 448, which e4m3 would turn into NaN.
         quantized[start:stop] = scaled.clamp_(-E4M3_MAX, E4M3_MAX)
     return quantized, scale_inv
+
+
+def power_of_two_above(scale: Tensor) -> Tensor:
+    """The power of two that is the next at or above; what isn't finite or above 0 stays. fp32."""
+    mantissa, exponent = torch.frexp(scale)
+    rounded_up = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+    return torch.where(scale.isfinite() & (scale > 0), rounded_up, scale)
+
+
+def shifted(weight: Tensor) -> Tensor:
+    """Finite e4m3 values times 2^-8 in fp32, exactly: e4m3's bits, moved to where fp16 has its own, mean that much.
+    Several times as fast as the conversion that torch has."""
+    bits = weight.view(torch.int8).to(torch.int16)
+    return bits.bitwise_left_shift_(7).bitwise_and_(_HALF_BITS).view(torch.float16).float()
 
 
 def _bands(shape: torch.Size, height: int) -> Iterator[tuple[int, int, int]]:
@@ -105,10 +118,3 @@ def _spread(scales: Tensor, columns: int, width: int) -> Tensor:
 def _has_nan(weight: Tensor) -> bool:
     """Whether a value is 0x7f or 0xff, e4m3's two NaN: the largest byte of each signedness."""
     return bool(weight.view(torch.int8).amax() == 127) or bool(weight.view(torch.uint8).amax() == 255)
-
-
-def _shifted(weight: Tensor) -> Tensor:
-    """The finite values times 2^-8 in fp32, exactly: e4m3's bits, moved to where fp16 has its own, mean that much.
-    Several times as fast as the conversion that torch has."""
-    bits = weight.view(torch.int8).to(torch.int16)
-    return bits.bitwise_left_shift_(7).bitwise_and_(_HALF_BITS).view(torch.float16).float()

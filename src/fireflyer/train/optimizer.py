@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fireflyer.errors import UserError
+from fireflyer.train.narrow_adamw import NarrowAdamW
 from fireflyer.train.settings import OptimizerSettings, Recipe
 
 ADAMW_STATE = ("exp_avg", "exp_avg_sq", "step")
@@ -23,13 +24,16 @@ MUON_STATE = ("momentum",)
 
 
 class DecoderOptimizer:
-    """AdamW over all parameters, or Muon over `muon_parts` of the hidden matrices and AdamW over the others."""
+    """AdamW over all parameters, or Muon over `muon_parts` of the hidden matrices and AdamW over the others.
 
-    def __init__(self, model: nn.Module, settings: OptimizerSettings) -> None:
+    moments: the dtype of AdamW's two; torch's own keeps them in the parameters'.
+    """
+
+    def __init__(self, model: nn.Module, settings: OptimizerSettings, moments: torch.dtype = torch.float32) -> None:
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         hidden = {name for name, p in named.items() if is_hidden_matrix(name, p)} if settings.name == "muon" else set()
         self._named = named
-        self._adamw = _adamw({name: p for name, p in named.items() if name not in hidden}, settings)
+        self._adamw = _adamw({name: p for name, p in named.items() if name not in hidden}, settings, moments)
         self._muon = (
             _MuonMatrices({name: p for name, p in named.items() if name in hidden}, settings) if hidden else None
         )
@@ -59,11 +63,12 @@ class DecoderOptimizer:
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> DecoderOptimizer:
     """The optimizer of a run. The model must be on its device: the state is made beside the parameters."""
-    return DecoderOptimizer(model, recipe.optimizer)
+    moments = torch.bfloat16 if recipe.precision.moments == "bf16" else torch.float32
+    return DecoderOptimizer(model, recipe.optimizer, moments)
 
 
 def optimizer_tensors(optimizer: DecoderOptimizer) -> dict[str, Tensor]:
-    """The state as named tensors: fp32 moments in the parameters' shapes, and AdamW's step counts (scalars).
+    """The state as named tensors: moments in the parameters' shapes, and AdamW's step counts (scalars).
 
     They are the live tensors: copy them before the next step if that must not change them.
     """
@@ -106,20 +111,26 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not outer
 
 
-def _adamw(named: dict[str, nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
+def _adamw(
+    named: dict[str, nn.Parameter], settings: OptimizerSettings, moments: torch.dtype
+) -> torch.optim.AdamW | NarrowAdamW:
     matrices = [p for p in named.values() if p.ndim >= 2]
     gains = [p for p in named.values() if p.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": gains, "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=settings.betas, eps=settings.eps, fused=True)
+    groups = [group for group in groups if group["params"]]
+    if moments == torch.float32:
+        adamw = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, fused=True)
+    else:
+        adamw = NarrowAdamW(groups, betas=settings.betas, eps=settings.eps)
     # Made here and not at the first step, so that a checkpoint of any moment holds the same names.
     for parameter in named.values():
         adamw.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg": torch.zeros_like(parameter, dtype=moments, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, dtype=moments, memory_format=torch.preserve_format),
         }
     return adamw
 

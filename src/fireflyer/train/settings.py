@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PlainValidator, Strict, model_validator
 
 from fireflyer.config import ModelConfig
+from fireflyer.train.extension import ExtendSettings, LengthPhases
 from fireflyer.train.post_training_settings import (
     ADAPTABLE,
     DistillSettings,
@@ -108,6 +109,20 @@ class ParallelSettings(Table):
     recompute: bool = False
 
 
+class PrecisionSettings(Table):
+    """[precision]: what is narrower than `dtype`, as in V3's own run (report 3.3); weights and gradients stay fp32.
+
+    matmul: "fp8" takes the matrix products of projections, feed-forwards and experts in e4m3, forward and backward, and
+    keeps for the backward what they need in FP8; on a CPU this is emulated. "dtype": all products as `dtype` says.
+    moments: AdamW's two. gradient_tile: how many numbers of an activation's gradient share a scale; "128x128" is what
+    the report tried and found to diverge, for those who want to see it.
+    """
+
+    matmul: Literal["dtype", "fp8"] = "dtype"
+    moments: Literal["fp32", "bf16"] = "fp32"
+    gradient_tile: Literal["1x128", "128x128"] = "1x128"
+
+
 class Recipe(Table):
     """Everything that decides a run. Of `steps`, `tokens` and `epochs` the first one given holds."""
 
@@ -137,13 +152,17 @@ class Recipe(Table):
     mtp: MtpSettings = MtpSettings()
     ema: EmaSettings = EmaSettings()
     parallel: ParallelSettings = ParallelSettings()
+    precision: PrecisionSettings = PrecisionSettings()
+    extend: ExtendSettings | None = None
     lora: LoraSettings | None = None
     dpo: DpoSettings | None = None
     grpo: GrpoSettings | None = None
     distill: DistillSettings | None = None
 
     @property
-    def batch_ramp(self) -> BatchRamp:
+    def batch_ramp(self) -> BatchRamp | LengthPhases:
+        if self.extend is not None:
+            return LengthPhases(self.extend.phases)
         schedule = self.schedule
         return BatchRamp(
             start=self.batch_size if schedule.batch_start is None else schedule.batch_start,
@@ -174,6 +193,7 @@ class Recipe(Table):
         _check_sequences(self)
         _check_schedule(self)
         _check_lora(self)
+        _check_precision(self)
         return self
 
 
@@ -197,7 +217,13 @@ def _check_batches(recipe: Recipe) -> None:
     if schedule.batch_start is not None and schedule.batch_start > recipe.batch_size:
         text = f"schedule.batch_start = {schedule.batch_start} is above batch_size = {recipe.batch_size}, where it ends"
         raise SettingError("schedule.batch_start", text)
-    for key, size in (("batch_size", recipe.batch_size), ("schedule.batch_start", schedule.batch_start)):
+    sizes = [("batch_size", recipe.batch_size), ("schedule.batch_start", schedule.batch_start)]
+    if recipe.extend is not None:
+        if schedule.batch_start is not None:
+            text = "schedule.batch_start: [extend] has a batch for each phase; leave the ramp out"
+            raise SettingError("schedule.batch_start", text)
+        sizes = [(f"extend.phases[{i}].batch_size", phase.batch_size) for i, phase in enumerate(recipe.extend.phases)]
+    for key, size in sizes:
         for name, unit in (
             ("schedule.batch_multiple", schedule.batch_multiple),
             ("parallel.micro_batch_size", micro),
@@ -240,6 +266,26 @@ def _check_lora(recipe: Recipe) -> None:
         raise SettingError("balance.bias_speed", text + "; set it to 0")
     if recipe.ema.decay:
         raise SettingError("ema.decay", f"ema.decay = {recipe.ema.decay:g} isn't kept for adapters; leave it out")
+
+
+def _check_precision(recipe: Recipe) -> None:
+    precision = recipe.precision
+    if precision.moments == "bf16" and recipe.optimizer.name != "adamw":
+        text = f'precision.moments = "bf16" is AdamW\'s, not for optimizer.name = "{recipe.optimizer.name}"'
+        raise SettingError("precision.moments", text + "; leave it out")
+    if precision.matmul != "fp8":
+        if precision.gradient_tile != "1x128":
+            text = f'precision.gradient_tile = "{precision.gradient_tile}" needs precision.matmul = "fp8"'
+            raise SettingError("precision.gradient_tile", text)
+        return
+    # Adapters train beside frozen weights; the others compare two models, or a model with its own rollouts.
+    for name, table in (("lora", recipe.lora), ("dpo", recipe.dpo), ("grpo", recipe.grpo)):
+        if table is not None:
+            text = f'precision.matmul = "fp8" is for pretraining and fine-tuning whole models, not with [{name}]'
+            raise SettingError("precision.matmul", text + "; leave it out")
+    if recipe.compile:
+        text = 'compile = true can\'t be combined with precision.matmul = "fp8"; --set compile=false'
+        raise SettingError("compile", text)
 
 
 def _check_schedule(recipe: Recipe) -> None:
