@@ -82,6 +82,14 @@ def test_a_resumed_and_a_finished_run_say_so() -> None:
     assert "finished already, at step 10" in last
 
 
+def test_a_run_of_adapters_names_the_model_to_chat_with() -> None:
+    stream = io.StringIO()
+    with Progress(stream) as progress:
+        progress.on_event(Finished(Path("runs/lora"), 10, already=False, adapts="runs/demo"))
+    command = stream.getvalue().strip().rpartition("Now: fireflyer ")[2]
+    assert command == "chat runs/demo --adapter runs/lora"
+
+
 def test_speed_is_the_mean_over_tokens_and_time_left_follows_the_clock() -> None:
     # 100 tokens at 100/s and 100 at 50/s are 200 tokens in 3 s; the steps lie 5 s apart (evaluations between them).
     progress, measures = status([step(1, 100.0, 3.0), step(2, 50.0, 8.0)], 14, None, None)

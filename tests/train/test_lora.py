@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from chat_runs import base_model, chat, post_training, write_lines
+from safetensors.torch import save_file
 from tiny_run import checkpoint_bytes, read_tensors
 
 from fireflyer.checkpoint.adapter import adapted, open_adapter
@@ -150,6 +152,20 @@ def test_stopped_anywhere_it_ends_in_the_same_bits(run_dir: Path, base: Path, da
         found = newest_good_checkpoint(tmp_path / f"{k}")
         assert found is not None
         assert checkpoint_bytes(found) == checkpoint_bytes(whole)
+
+
+def test_a_base_that_changed_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
+    """The run holds adapters alone: beside other weights they would be another model."""
+    own = tmp_path / "base"
+    shutil.copytree(newest_good_checkpoint(base), own)
+    train(post_training("sft", own, data, **LORA, steps=2), tmp_path / "run", opener=open_chats)
+    weights = read_tensors(own / "model.safetensors")
+    name = "model.layers.1.mlp.gate.weight"
+    save_file(weights | {name: weights[name] + 1e-3}, own / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"it changed since .* was saved"):
+        train(post_training("sft", own, data, **LORA, steps=4), tmp_path / "run", opener=open_chats)
+    save_file(weights, own / "model.safetensors", {"format": "pt"})
+    assert train(post_training("sft", own, data, **LORA, steps=4), tmp_path / "run", opener=open_chats).step == 4
 
 
 def test_refusals(run_dir: Path, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,7 +132,8 @@ def _sentence(event: Notice | Started | Saved | Finished, recent: list[StepMetri
         return f"{event.run_dir}: finished already, at step {event.step:,}; for more give --set steps=N beyond that"
     took = f" in {duration(recent[-1].train_s)}" if recent else ""
     scored = f"; held-out text {bits:.3f} bits a byte" if bits is not None else ""
-    return f"{event.run_dir}: finished {event.step:,} steps{took}{scored}. Now: fireflyer chat {event.run_dir}"
+    chat = event.run_dir if event.adapts is None else f"{event.adapts} --adapter {event.run_dir}"
+    return f"{event.run_dir}: finished {event.step:,} steps{took}{scored}. Now: fireflyer chat {chat}"
 
 
 def _threads(threads: int) -> str:

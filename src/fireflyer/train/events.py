@@ -96,11 +96,15 @@ class Saved:
 
 @dataclass(frozen=True)
 class Finished:
-    """The run is at its end; `already` when it had been before and nothing was done now."""
+    """The run is at its end; `already` when it had been before and nothing was done now.
+
+    adapts: the checkpoint beside which its adapters are to be read; None where it trained a whole model.
+    """
 
     run_dir: Path
     step: int
     already: bool
+    adapts: str | None = None
 
 
 Event = Notice | Started | StepDone | Evaluated | Saved | Finished

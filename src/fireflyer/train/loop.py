@@ -79,7 +79,7 @@ def train(
     inputs = (opener or open_inputs)(recipe, run_dir, stored, on_event)
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    with RunLock(run_dir), _threads(inputs.recipe.threads):
+    with RunLock(run_dir), use_threads(inputs.recipe.threads):
         check_folder(recipe, run_dir)  # again, since another process may have begun a run meanwhile
         lay_out(inputs, run_dir)
         trainer = Trainer(inputs, open_state(inputs, run_dir, on_event), run_dir, on_event)
@@ -137,7 +137,8 @@ class Trainer:
             self._finish_saving()
             summary = self._summary(asked)
             write_summary(self.run_dir, summary)
-            self.on_event(events.Finished(self.run_dir, self.state.step, already=False))
+            base = self.recipe.init_from if self.recipe.lora is not None else None
+            self.on_event(events.Finished(self.run_dir, self.state.step, already=False, adapts=base))
             return summary
         finally:
             self.close()
@@ -214,6 +215,8 @@ class Trainer:
             "train_s": state.train_s,
             "data": state.objective.state_dict(),
         }
+        if state.base_sha256 is not None:
+            stored["base_sha256"] = state.base_sha256
         lora, base = self.recipe.lora, self.recipe.init_from
         adapter = None if lora is None or base is None else (lora.alpha, base)
         snapshot = take_snapshot(state.model, state.optimizer, state.average, stored, self.run_dir, adapter)
@@ -337,7 +340,7 @@ def expert_row(counts: dict[int, Tensor], gate_biases: list[tuple[int, Tensor]])
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def use_threads(number: int) -> Iterator[None]:
     """Run with this many threads: another number sums in another order, and ends in other bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
