@@ -22,22 +22,11 @@ from fireflyer.train.post_training_settings import (
 )
 from fireflyer.train.quantities import resolve_boundary
 from fireflyer.train.ramp import BatchRamp
-from fireflyer.train.tables import (
-    Beta,
-    Boundary,
-    Fraction01,
-    NotNegative,
-    Positive,
-    SettingError,
-    Table,
-    Tokens,
-)
+from fireflyer.train.tables import Beta, Boundary, Fraction01, NotNegative, Positive, SettingError, Table, Tokens
 
 
 def _device(value: object) -> str:
-    if not isinstance(value, str) or not re.fullmatch(
-        r"auto|cpu|mps|cuda(:\d+)?", value
-    ):
+    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
         raise ValueError("must be 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'")
     return value
 
@@ -172,9 +161,7 @@ class Recipe(Table):
     def batch_ramp(self) -> BatchRamp:
         schedule = self.schedule
         return BatchRamp(
-            start=self.batch_size
-            if schedule.batch_start is None
-            else schedule.batch_start,
+            start=self.batch_size if schedule.batch_start is None else schedule.batch_start,
             end=self.batch_size,
             ramp_tokens=schedule.batch_ramp_tokens or 0,
             multiple=schedule.batch_multiple,
@@ -209,15 +196,10 @@ class Recipe(Table):
 def _check_length(recipe: Recipe) -> None:
     lengths = {"steps": recipe.steps, "tokens": recipe.tokens, "epochs": recipe.epochs}
     if all(length is None for length in lengths.values()):
-        raise SettingError(
-            "steps",
-            "the run has no length: set steps, tokens or epochs, as --set steps=1000",
-        )
+        raise SettingError("steps", "the run has no length: set steps, tokens or epochs, as --set steps=1000")
     for key, length in lengths.items():
         if length is not None and length <= 0:
-            raise SettingError(
-                key, f"{key} = {length} leaves nothing to train; it must be above 0"
-            )
+            raise SettingError(key, f"{key} = {length} leaves nothing to train; it must be above 0")
 
 
 def _check_batches(recipe: Recipe) -> None:
@@ -225,36 +207,22 @@ def _check_batches(recipe: Recipe) -> None:
     ramp = (schedule.batch_start, schedule.batch_ramp_tokens)
     if (ramp[0] is None) != (ramp[1] is None):
         key = "batch_ramp_tokens" if ramp[0] is None else "batch_start"
-        raise SettingError(
-            f"schedule.{key}",
-            "schedule.batch_start and schedule.batch_ramp_tokens go together",
-        )
+        raise SettingError(f"schedule.{key}", "schedule.batch_start and schedule.batch_ramp_tokens go together")
     if schedule.batch_ramp_tokens == 0:
-        raise SettingError(
-            "schedule.batch_ramp_tokens",
-            "schedule.batch_ramp_tokens = 0: leave it out for no ramp",
-        )
+        raise SettingError("schedule.batch_ramp_tokens", "schedule.batch_ramp_tokens = 0: leave it out for no ramp")
     if schedule.batch_start is not None and schedule.batch_start > recipe.batch_size:
         text = f"schedule.batch_start = {schedule.batch_start} is above batch_size = {recipe.batch_size}, where it ends"
         raise SettingError("schedule.batch_start", text)
-    for key, size in (
-        ("batch_size", recipe.batch_size),
-        ("schedule.batch_start", schedule.batch_start),
-    ):
+    for key, size in (("batch_size", recipe.batch_size), ("schedule.batch_start", schedule.batch_start)):
         for name, unit in (
             ("schedule.batch_multiple", schedule.batch_multiple),
             ("parallel.micro_batch_size", micro),
         ):
             if size is not None and unit and size % unit:
-                raise SettingError(
-                    name, f"{name} = {unit} does not divide {key} = {size}"
-                )
+                raise SettingError(name, f"{name} = {unit} does not divide {key} = {size}")
     if schedule.batch_start is not None and micro and schedule.batch_multiple % micro:
         text = f"schedule.batch_multiple = {schedule.batch_multiple} must be a multiple of "
-        raise SettingError(
-            "schedule.batch_multiple",
-            text + f"parallel.micro_batch_size = {micro}, for the batch ramp",
-        )
+        raise SettingError("schedule.batch_multiple", text + f"parallel.micro_batch_size = {micro}, for the batch ramp")
 
 
 def _check_sequences(recipe: Recipe) -> None:
@@ -280,19 +248,14 @@ def _check_lora(recipe: Recipe) -> None:
         if target not in ADAPTABLE:
             text = f"lora.targets has {target!r}; what can be adapted is {', '.join(ADAPTABLE)}"
             raise SettingError("lora.targets", text)
-    if not recipe.lora.targets or ("gate_proj" in recipe.lora.targets) != (
-        "up_proj" in recipe.lora.targets
-    ):
+    if not recipe.lora.targets or ("gate_proj" in recipe.lora.targets) != ("up_proj" in recipe.lora.targets):
         text = "lora.targets needs one projection at least, and gate_proj and up_proj together: the two are one matrix"
         raise SettingError("lora.targets", text)
     if recipe.balance.bias_speed:
         text = f"balance.bias_speed = {recipe.balance.bias_speed:g} moves gate biases, which adapters leave as they are"
         raise SettingError("balance.bias_speed", text + "; set it to 0")
     if recipe.ema.decay:
-        raise SettingError(
-            "ema.decay",
-            f"ema.decay = {recipe.ema.decay:g} isn't kept for adapters; leave it out",
-        )
+        raise SettingError("ema.decay", f"ema.decay = {recipe.ema.decay:g} isn't kept for adapters; leave it out")
 
 
 def _check_precision(recipe: Recipe) -> None:
@@ -306,11 +269,7 @@ def _check_precision(recipe: Recipe) -> None:
             raise SettingError("precision.gradient_tile", text)
         return
     # Adapters train beside frozen weights; the others compare two models, or a model with its own rollouts.
-    for name, table in (
-        ("lora", recipe.lora),
-        ("dpo", recipe.dpo),
-        ("grpo", recipe.grpo),
-    ):
+    for name, table in (("lora", recipe.lora), ("dpo", recipe.dpo), ("grpo", recipe.grpo)):
         if table is not None:
             text = f'precision.matmul = "fp8" is for pretraining and fine-tuning whole models, not with [{name}]'
             raise SettingError("precision.matmul", text + "; leave it out")
@@ -321,29 +280,13 @@ def _check_precision(recipe: Recipe) -> None:
 
 def _check_schedule(recipe: Recipe) -> None:
     schedule, steps, total = recipe.schedule, recipe.total_steps, recipe.total_tokens
-    if (
-        isinstance(schedule.warmup_steps, int)
-        and steps is not None
-        and schedule.warmup_steps >= steps
-    ):
+    if isinstance(schedule.warmup_steps, int) and steps is not None and schedule.warmup_steps >= steps:
         text = f"schedule.warmup_steps = {schedule.warmup_steps} must be below the run's {steps} steps"
-        raise SettingError(
-            "schedule.warmup_steps", text + ' (a share such as "2%" fits any length)'
-        )
-    points = [
-        ("schedule.constant_until", schedule.constant_until),
-        ("schedule.cosine_until", schedule.cosine_until),
-    ]
-    points += [
-        (f"schedule.final[{i}].until", phase.until)
-        for i, phase in enumerate(schedule.final)
-    ]
+        raise SettingError("schedule.warmup_steps", text + ' (a share such as "2%" fits any length)')
+    points = [("schedule.constant_until", schedule.constant_until), ("schedule.cosine_until", schedule.cosine_until)]
+    points += [(f"schedule.final[{i}].until", phase.until) for i, phase in enumerate(schedule.final)]
     for (key, point), (next_key, next_point) in pairwise(points):
         if total is None and isinstance(point, str) != isinstance(next_point, str):
             continue  # Checked when the data's length is known.
-        if resolve_boundary(point, total or 10**12) > resolve_boundary(
-            next_point, total or 10**12
-        ):
-            raise SettingError(
-                next_key, f"{next_key} = {next_point!r} lies before {key} = {point!r}"
-            )
+        if resolve_boundary(point, total or 10**12) > resolve_boundary(next_point, total or 10**12):
+            raise SettingError(next_key, f"{next_key} = {next_point!r} lies before {key} = {point!r}")
