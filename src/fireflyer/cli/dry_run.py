@@ -34,7 +34,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 def _cost(recipe: Recipe, tokens: int | None) -> dict[str, float | None]:
     """Work of the run, and the hours it would take at the speed of the report's run."""
-    main, mtp = _flops_per_token(recipe.model, recipe.seq_len)
+    main, mtp = _flops_per_token(recipe.model, recipe.batch_ramp.mean_seq_len)
     hours = None
     if tokens is not None:
         of_v3 = sum(_flops_per_token(load_config("deepseek-v3"), v3_run.SEQ_LEN))
@@ -48,7 +48,7 @@ def _cost(recipe: Recipe, tokens: int | None) -> dict[str, float | None]:
     }
 
 
-def _flops_per_token(model: ModelConfig, seq_len: int) -> tuple[float, float]:
+def _flops_per_token(model: ModelConfig, seq_len: float) -> tuple[float, float]:
     return training_flops_per_token(model, seq_len), mtp_training_flops_per_token(model, seq_len)
 
 
@@ -63,13 +63,18 @@ def describe(facts: dict[str, Any]) -> str:
         length = f"{recipe['epochs']:g} epochs of the data"
         return "\n".join([*lines, f"{length}: steps and boundaries are known once its tokens are counted"])
     lines += [
-        f"{_tokens(facts['tokens'])} tokens in {facts['steps']:,} steps of sequences of {recipe['seq_len']:,} tokens",
+        f"{_tokens(facts['tokens'])} tokens in {facts['steps']:,} steps of sequences of {_lengths(recipe)} tokens",
         f"{_amount(train['device_hours'])} H800 hours at the speed of DeepSeek-V3's own run,"
         f" ${_amount(train['usd'])} at ${v3_run.USD_PER_GPU_HOUR:g} an hour",
         "",
         *_table(facts["schedule"]),
     ]
     return "\n".join(lines)
+
+
+def _lengths(recipe: dict[str, Any]) -> str:
+    phases = recipe.get("extend", {}).get("phases", [recipe])
+    return " and ".join(f"{phase['seq_len']:,}" for phase in phases)
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:

@@ -24,6 +24,7 @@ from fireflyer.cli import (
     dpo,
     eval,
     export,
+    extend,
     fleet,
     generate,
     grpo,
@@ -39,6 +40,7 @@ from fireflyer.errors import Stopped, UserError
 VERBS = {
     "demo": demo,
     "pretrain": pretrain,
+    "extend": extend,
     "sft": sft,
     "grpo": grpo,
     "dpo": dpo,

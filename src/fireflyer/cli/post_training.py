@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from fireflyer.train.summary import Summary
 
 
-def add_arguments(parser: argparse.ArgumentParser, preset: str, *, example: str, data: bool = True) -> None:
-    """The options that every verb of post-training has. example: a setting; data: whether it learns from files."""
+def add_arguments(
+    parser: argparse.ArgumentParser, preset: str, *, example: str, data: bool = True, files: str = ".jsonl files"
+) -> None:
+    """The options that every verb of post-training has. example: a setting; data: whether it learns from `files`."""
     parser.add_argument("--from", dest="init_from", metavar="CHECKPOINT", help="the model to begin from")
     if data:
-        parser.add_argument("--data", metavar="FILE", nargs="+", action="extend", help=".jsonl files; may be repeated")
+        parser.add_argument("--data", metavar="FILE", nargs="+", action="extend", help=f"{files}; may be repeated")
     parser.add_argument("--recipe", metavar="CONFIG", help=f"a recipe (.toml) on top of the shipped one, {preset}")
     parser.add_argument("--run", metavar="DIR", help=f"the run's folder (default runs/{preset})")
     parser.add_argument(
@@ -39,7 +41,7 @@ def run_post_training(args: argparse.Namespace, preset: str, opener: InputsOpene
     from fireflyer.train.recipe import load_recipe
 
     if args.init_from is None:
-        raise UserError(f"no model to begin from: fireflyer {preset} --from CHECKPOINT --data FILE.jsonl --run DIR")
+        raise UserError(f"no model to begin from: fireflyer {preset} --from CHECKPOINT --data FILE --run DIR")
     recipe = load_recipe(args.recipe, args.overrides, sources=args.data, init_from=args.init_from, base=preset)
     if args.dry_run:
         from fireflyer.cli.dry_run import describe, plan

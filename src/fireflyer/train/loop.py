@@ -284,7 +284,7 @@ class Trainer:
         self._tell_saved()
 
     def _flops_per_token(self) -> float:
-        config, seq_len = self.state.model.config, self.recipe.seq_len
+        config, seq_len = self.state.model.config, self.recipe.batch_ramp.mean_seq_len
         return training_flops_per_token(config, seq_len) + mtp_training_flops_per_token(config, seq_len)
 
     def _started(self) -> events.Started:

@@ -28,6 +28,15 @@ class BatchRamp:
             return self.end
         return self.start + self._multiples_added(tokens) * self.multiple
 
+    def seq_len_at(self, tokens: int) -> int:
+        """Their length."""
+        return self.seq_len
+
+    @property
+    def mean_seq_len(self) -> float:
+        """Of a token."""
+        return self.seq_len
+
     def tokens_after(self, steps: int) -> int:
         """Tokens seen when so many steps are done."""
         plateaus = _plateaus(self)

@@ -17,6 +17,7 @@ from fireflyer.config import ModelConfig, load_config
 from fireflyer.config.files import PRESETS, find_config, read_toml
 from fireflyer.config.messages import nearest, shown
 from fireflyer.errors import UserError
+from fireflyer.train.extension import ExtendPhase, extension_layer
 from fireflyer.train.layers import (
     LENGTHS,
     Layer,
@@ -85,7 +86,9 @@ def load_recipe(
         if init_from is not None:
             raise UserError(f"--size {size}: the checkpoint of --from {init_from} has its size; leave one of them out")
         layers.append(_layer_of_size(size, [*layers, *given], given))
-    return _resolve([*layers, *given])
+    layers += given
+    extension = extension_layer(layers) if init_from is not None else None
+    return _resolve(layers if extension is None else [*layers, extension])
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -313,7 +316,7 @@ _WORDS = {
 def _sentence(key: str, kind: str, message: str, value: object, origin: str) -> str:
     if kind == "extra_forbidden":
         head, _, name = key.rpartition(".")
-        guess = nearest(name, FinalPhase.model_fields)
+        guess = nearest(name, [*FinalPhase.model_fields, *ExtendPhase.model_fields])
         return f"unknown key {key} in {origin}" + (f"; did you mean {head}.{guess}?" if guess else "")
     if kind == "missing":
         return f"{key} is missing in {origin}; add it"

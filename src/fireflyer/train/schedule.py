@@ -112,6 +112,9 @@ def _boundaries(recipe: Recipe) -> list[tuple[int, str]]:
     found = [(recipe.batch_ramp.tokens_after(warmup_steps(recipe)), "warm-up over")]
     if schedule.batch_ramp_tokens is not None:
         found.append((schedule.batch_ramp_tokens, "batch ramp over"))
+    if recipe.extend is not None:
+        starts = [(recipe.batch_ramp.tokens_after(steps), seq_len) for steps, seq_len in recipe.extend.starts]
+        found += [(tokens, f"sequences of {seq_len:,} tokens") for tokens, seq_len in starts]
     found.append((_at(recipe, schedule.constant_until), "cosine begins"))
     found.append((_at(recipe, schedule.cosine_until), "cosine over"))
     found += [(_at(recipe, phase.until), "next constant rate") for phase in schedule.final[:-1]]
@@ -129,7 +132,7 @@ def _row(recipe: Recipe, step: int, tokens: int, events: tuple[str, ...]) -> Sch
         tokens=tokens,
         lr=learning_rate(recipe, step, tokens),
         batch_size=batch_size,
-        tokens_per_step=batch_size * recipe.seq_len,
+        tokens_per_step=batch_size * recipe.batch_ramp.seq_len_at(tokens),
         mtp_weight=mtp_weight(recipe, tokens),
         bias_speed=bias_speed(recipe, tokens),
         events=events,

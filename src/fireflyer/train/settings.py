@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PlainValidator, Strict, model_validator
 
 from fireflyer.config import ModelConfig
+from fireflyer.train.extension import ExtendSettings, LengthPhases
 from fireflyer.train.post_training_settings import (
     ADAPTABLE,
     DistillSettings,
@@ -152,13 +153,16 @@ class Recipe(Table):
     ema: EmaSettings = EmaSettings()
     parallel: ParallelSettings = ParallelSettings()
     precision: PrecisionSettings = PrecisionSettings()
+    extend: ExtendSettings | None = None
     lora: LoraSettings | None = None
     dpo: DpoSettings | None = None
     grpo: GrpoSettings | None = None
     distill: DistillSettings | None = None
 
     @property
-    def batch_ramp(self) -> BatchRamp:
+    def batch_ramp(self) -> BatchRamp | LengthPhases:
+        if self.extend is not None:
+            return LengthPhases(self.extend.phases)
         schedule = self.schedule
         return BatchRamp(
             start=self.batch_size if schedule.batch_start is None else schedule.batch_start,
@@ -213,7 +217,13 @@ def _check_batches(recipe: Recipe) -> None:
     if schedule.batch_start is not None and schedule.batch_start > recipe.batch_size:
         text = f"schedule.batch_start = {schedule.batch_start} is above batch_size = {recipe.batch_size}, where it ends"
         raise SettingError("schedule.batch_start", text)
-    for key, size in (("batch_size", recipe.batch_size), ("schedule.batch_start", schedule.batch_start)):
+    sizes = [("batch_size", recipe.batch_size), ("schedule.batch_start", schedule.batch_start)]
+    if recipe.extend is not None:
+        if schedule.batch_start is not None:
+            text = "schedule.batch_start: [extend] has a batch for each phase; leave the ramp out"
+            raise SettingError("schedule.batch_start", text)
+        sizes = [(f"extend.phases[{i}].batch_size", phase.batch_size) for i, phase in enumerate(recipe.extend.phases)]
+    for key, size in sizes:
         for name, unit in (
             ("schedule.batch_multiple", schedule.batch_multiple),
             ("parallel.micro_batch_size", micro),
