@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fireflyer.checkpoint.adapter import open_adapter
-from fireflyer.checkpoint.hf import load_model
-from fireflyer.checkpoint.published import open_checkpoint
+from fireflyer.checkpoint.hf import load_model, load_opened
+from fireflyer.checkpoint.published import open_checkpoint, resolve_checkpoint
 from fireflyer.checkpoint.run import discard_newer, find_checkpoint, remove_leftovers, write_text
 from fireflyer.checkpoint.run_folder import RECIPE, TOKENIZER, writing
 from fireflyer.config import ModelConfig
@@ -27,12 +27,15 @@ from fireflyer.data.held_out import HeldOutRows, held_out_rows
 from fireflyer.data.loader import Loader
 from fireflyer.data.mixture import Mixture, open_sources
 from fireflyer.errors import UserError
+from fireflyer.evaluate.identity import checkpoint_identity
 from fireflyer.model.decoder import Decoder, init_weights_
 from fireflyer.text.tokenizer import Tokenizer
 from fireflyer.train.events import Event, Notice
+from fireflyer.train.extension import ExtendSettings
 from fireflyer.train.lora import attach_adapters, fill_adapters
 from fireflyer.train.objective import Objective
 from fireflyer.train.optimizer import DecoderOptimizer, build_optimizer
+from fireflyer.train.phased_loader import LoaderPhase, PhasedLoader
 from fireflyer.train.precision import check_precision, set_precision
 from fireflyer.train.pretraining import Pretraining
 from fireflyer.train.recipe import read_recipe, recipe_differences, take_stored_choices, to_toml, with_epoch_tokens
@@ -70,6 +73,8 @@ class RunState:
     step: int = 0
     tokens: int = 0
     train_s: float = 0.0
+    base_sha256: str | None = None
+    """Of the checkpoint that adapters are trained beside; it isn't in the run's own."""
 
 
 def check_folder(recipe: Recipe, run_dir: Path) -> Recipe | None:
@@ -99,32 +104,36 @@ def open_inputs(recipe: Recipe, run_dir: Path, stored: Recipe | None, on_event: 
     Raises UserError.
     """
     recipe = choose(recipe if stored is None else take_stored_choices(recipe, stored))
-    check_tables(recipe, "pretrain")
-    data = recipe.data
-    mixture = open_sources(
-        data.sources,
-        encoding_errors=data.encoding_errors,
-        text_column=data.text_column,
-        seed=recipe.seed,
-        held_out=data.held_out,
-    )
+    check_tables(recipe, "pretrain", "extend")
+    mixture = _open_mixture(recipe, recipe.data.sources)
     tokenizer = _open_tokenizer(recipe, run_dir, mixture, on_event)
     if recipe.epochs is not None and recipe.steps is None and recipe.tokens is None:
         recipe = with_epoch_tokens(recipe, count_tokens(mixture, tokenizer))
-    check_enough_data(mixture, tokenizer, batch_size=batch_size_at(recipe, 0), seq_len=recipe.seq_len)
+    if recipe.extend is None:
+        check_enough_data(mixture, tokenizer, batch_size=batch_size_at(recipe, 0), seq_len=recipe.seq_len)
+        mixtures = [mixture]
+    else:
+        mixtures = _open_phases(recipe, recipe.extend, mixture, tokenizer)
     if recipe.init_from is not None and stored is None:
-        _check_same_shape(recipe.init_from, open_checkpoint(recipe.init_from).config, recipe.model)
+        _check_same_shape(recipe.init_from, open_checkpoint(recipe.init_from).config, recipe)
     held_out = _open_held_out(recipe, mixture, tokenizer)
 
     def objective(model: Decoder) -> Pretraining:
-        return Pretraining(recipe, model, tokenizer, _open_loader(recipe, mixture, tokenizer), held_out)
+        rows = _open_rows(recipe, mixtures, tokenizer, on_event)
+        return Pretraining(recipe, model, tokenizer, rows, held_out)
 
     return Inputs(recipe, tokenizer, objective)
 
 
 def check_tables(recipe: Recipe, verb: str, *own: str) -> None:
-    """Refuse a table of post-training that `verb` doesn't read. Raises UserError."""
-    tables = {"lora": recipe.lora, "dpo": recipe.dpo, "grpo": recipe.grpo, "distill": recipe.distill}
+    """Refuse a table that `verb` doesn't read. Raises UserError."""
+    tables = {
+        "lora": recipe.lora,
+        "dpo": recipe.dpo,
+        "grpo": recipe.grpo,
+        "distill": recipe.distill,
+        "extend": recipe.extend,
+    }
     for name, table in tables.items():
         if table is not None and name not in own:
             raise UserError(f"the recipe has [{name}], which fireflyer {verb} doesn't read; leave it out")
@@ -202,10 +211,17 @@ def open_state(inputs: Inputs, run_dir: Path, on_event: Callable[[Event], None])
     if line := set_precision(model, recipe):
         on_event(Notice(line))
     state = RunState(model, build_optimizer(model, recipe), inputs.objective(model))
+    if recipe.lora is not None and recipe.init_from is not None:
+        state.base_sha256 = checkpoint_identity(resolve_checkpoint(recipe.init_from))["sha256"]
     if found.path is not None:
         for line in found.damaged:
             on_event(Notice(f"passed over a damaged checkpoint: {line}"))
         stored = restore(found.path, model, state.optimizer, state.average)
+        if stored.get("base_sha256") != state.base_sha256:
+            raise UserError(
+                f"--from {recipe.init_from}: it changed since {run_dir} was saved, and adapters hold for the weights"
+                " that they were trained beside; put it back, or begin another run"
+            )
         state.objective.load_state_dict(stored["data"])
         state.step, state.tokens, state.train_s = stored["step"], stored["tokens"], stored["train_s"]
         discard_newer(run_dir, state.step)
@@ -231,30 +247,57 @@ def _open_tokenizer(recipe: Recipe, run_dir: Path, mixture: Mixture, on_event: C
 def _open_held_out(recipe: Recipe, mixture: Mixture, tokenizer: Tokenizer) -> HeldOutRows | None:
     if not recipe.eval_every:
         return None
-    data = recipe.data
     if recipe.eval_data is not None:
-        mixture = open_sources(
-            recipe.eval_data,
-            encoding_errors=data.encoding_errors,
-            text_column=data.text_column,
-            seed=recipe.seed,
-            held_out=1.0,
-        )
+        mixture = _open_mixture(recipe, recipe.eval_data, held_out=1.0)
     return held_out_rows(
         mixture,
         tokenizer,
         recipe.seq_len,
         recipe.eval_rows,
         batch_size=recipe.parallel.micro_batch_size or recipe.batch_size,
-        mask_documents=data.mask_documents,
+        mask_documents=recipe.data.mask_documents,
     )
 
 
-def _open_loader(recipe: Recipe, mixture: Mixture, tokenizer: Tokenizer) -> Loader:
+def _open_mixture(recipe: Recipe, sources: list[str], held_out: float | None = None) -> Mixture:
+    data = recipe.data
+    return open_sources(
+        sources,
+        encoding_errors=data.encoding_errors,
+        text_column=data.text_column,
+        seed=recipe.seed,
+        held_out=data.held_out if held_out is None else held_out,
+    )
+
+
+def _open_phases(recipe: Recipe, extend: ExtendSettings, mixture: Mixture, tokenizer: Tokenizer) -> list[Mixture]:
+    """Each phase's text, enough of it for a batch."""
+    mixtures = [mixture if phase.sources is None else _open_mixture(recipe, phase.sources) for phase in extend.phases]
+    for phase, own in zip(extend.phases, mixtures, strict=True):
+        check_enough_data(own, tokenizer, batch_size=phase.batch_size, seq_len=phase.seq_len)
+    return mixtures
+
+
+def _open_rows(
+    recipe: Recipe, mixtures: list[Mixture], tokenizer: Tokenizer, on_event: Callable[[Event], None]
+) -> Loader | PhasedLoader:
+    """What the run reads. mixtures: one, or one a phase of [extend]."""
+    if recipe.extend is None:
+        return _open_loader(recipe, mixtures[0], tokenizer, recipe.seq_len)
+    phases = []
+    for number, (phase, mixture) in enumerate(zip(recipe.extend.phases, mixtures, strict=True)):
+        loader = _open_loader(recipe, mixture, tokenizer, phase.seq_len)
+        goes_on = number > 0 and mixture is mixtures[number - 1]
+        what = f"phase {number + 1}: sequences of {phase.seq_len:,} tokens, {phase.batch_size:,} a step"
+        phases.append(LoaderPhase(loader, phase.steps, goes_on, what))
+    return PhasedLoader(phases, lambda what: on_event(Notice(what)))
+
+
+def _open_loader(recipe: Recipe, mixture: Mixture, tokenizer: Tokenizer, seq_len: int) -> Loader:
     return Loader(
         mixture,
         tokenizer,
-        seq_len=recipe.seq_len,
+        seq_len=seq_len,
         seed=recipe.seed,
         fim_rate=recipe.data.fim_rate,
         mask_documents=recipe.data.mask_documents,
@@ -271,13 +314,15 @@ def _first_model(recipe: Recipe, tokenizer: Tokenizer) -> Decoder:
         model = Decoder(config)
         init_weights_(model, torch.Generator().manual_seed(recipe.seed))
         return model.to(recipe.device)
-    model = load_model(recipe.init_from, dtype=torch.float32, device=recipe.device)
-    model.config = config
-    return model
+    # Built for the recipe's config, not the files': YaRN is part of what attention is built with.
+    return load_opened(replace(open_checkpoint(recipe.init_from), config=config), torch.float32, recipe.device)
 
 
-def _check_same_shape(path: str, loaded: ModelConfig, asked: ModelConfig) -> None:
+def _check_same_shape(path: str, loaded: ModelConfig, recipe: Recipe) -> None:
     free = {"bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "extra", "initializer_range"}
+    if recipe.extend is not None:
+        free |= {"rope_scaling", "max_position_embeddings"}
+    asked = recipe.model
     for key in ModelConfig.model_fields.keys() - free:
         if getattr(loaded, key) != getattr(asked, key):
             raise UserError(
