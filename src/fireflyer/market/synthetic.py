@@ -51,7 +51,7 @@ def synthetic_panel(
     low = np.minimum(close, opens) * (1 - spread[1])
     volume = np.where(traded, np.round(rng.lognormal(13, 0.6, (days, names)) / 100) * 100, np.nan)
     close, opens, high, low = (np.where(traded, price, np.nan) for price in (close, opens, high, low))
-    factor = np.cumprod(ratio, axis=0)
+    factor = np.cumprod(ratio, axis=0, dtype=np.float64)
     panel = Panel(
         dates=dates,
         symbols=symbols,
