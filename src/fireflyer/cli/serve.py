@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fireflyer.serve.settings import ServeSettings
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+_MAX_NUM_SEQS = 64
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -28,6 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_network_arguments(parser)
     _add_limit_arguments(parser)
     _add_engine_arguments(parser)
+    _add_backend_arguments(parser)
 
 
 def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,9 +90,7 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-length", type=int, metavar="N", help="prompt and answer together; default: the model's own"
     )
-    group.add_argument(
-        "--max-num-seqs", type=int, default=64, metavar="N", help="at the same time; default: %(default)s"
-    )
+    group.add_argument("--max-num-seqs", type=int, metavar="N", help=f"at the same time; default: {_MAX_NUM_SEQS}")
     group.add_argument(
         "--max-step-tokens", type=int, default=2048, metavar="N", help="read in one step; default: %(default)s"
     )
@@ -107,10 +107,24 @@ def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_backend_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("beyond one machine")
+    group.add_argument("--backend", choices=("vllm", "sglang"), help="have vLLM or SGLang serve it, on the same /v1")
+    group.add_argument(
+        "--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that share each layer; default: %(default)s"
+    )
+    group.add_argument("--expert-parallel", action="store_true", help="they hold whole experts, not slices of all")
+
+
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal."""
+    if args.backend is not None:
+        return _hand_over(args)
+    if args.tensor_parallel != 1 or args.expert_parallel:
+        raise UserError("--tensor-parallel and --expert-parallel are for --backend vllm or sglang; leave them out")
     try:
-        from fireflyer.serve.server import listen, serve
+        from fireflyer.serve.listening import listen
+        from fireflyer.serve.server import serve
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fireflyer"):
             raise
@@ -131,6 +145,61 @@ def run(args: argparse.Namespace) -> int:
 
         serve(create_app(engine, settings), engine, started, sock)
     return 0
+
+
+_OURS_ALONE = {
+    "allowed_host": [],
+    "allow_origin": [],
+    "max_queue": 256,
+    "max_n": 16,
+    "max_output_tokens": None,
+    "max_body_bytes": 8 * 2**20,
+    "request_timeout": 3600,
+    "step_timeout": 120,
+    "drain": 30,
+    "deterministic": False,
+    "quantization": None,
+    "expert_memory": None,
+    "device": "cpu",
+    "cache_gib": None,
+    "cache_dtype": "auto",
+    "no_prefix_cache": False,
+}
+"""What another server wouldn't honour, with the values that ask for nothing."""
+
+
+def _hand_over(args: argparse.Namespace) -> int:
+    """Become the other server: the same process, so that signals and exit codes are its own. Raises UserError."""
+    from fireflyer.checkpoint.published import open_checkpoint
+    from fireflyer.serve.backends import BackendOptions, backend_command
+    from fireflyer.serve.listening import listen
+
+    for name, nothing in _OURS_ALONE.items():
+        if getattr(args, name) != nothing:
+            raise UserError(
+                f"--{name.replace('_', '-')} is for fireflyer's own server, not for {args.backend}; leave it out"
+            )
+    checkpoint = open_checkpoint(args.checkpoint)
+    if not (checkpoint.folder / "tokenizer.json").is_file():
+        raise UserError(f"{checkpoint.folder}: no tokenizer.json in it, which {args.backend} reads; put it beside")
+    options = BackendOptions(
+        checkpoint=checkpoint.folder.resolve(),
+        host=args.host,
+        port=args.port,
+        served_model_name=args.served_model_name or Path(args.checkpoint).resolve().name,
+        api_key=args.api_key if args.api_key is not None else os.environ.get("FIREFLYER_API_KEY"),
+        tensor_parallel=args.tensor_parallel,
+        expert_parallel=args.expert_parallel,
+        max_length=args.max_length,
+        max_num_seqs=args.max_num_seqs,
+        num_speculative_tokens=args.num_speculative_tokens,
+    )
+    command = backend_command(args.backend, options, checkpoint.config)
+    if not args.port:
+        raise UserError(f"--port 0: {args.backend} wants a port of its own; give one, as --port 8000")
+    listen(args.host, args.port).close()
+    _say(f"{options.served_model_name} is handed to {args.backend}: API http://{args.host}:{args.port}/v1")
+    os.execve(command.words[0], command.words, {**os.environ, **command.environment})
 
 
 def _settings(args: argparse.Namespace) -> ServeSettings:
@@ -163,7 +232,7 @@ def _load(args: argparse.Namespace) -> LLM:
         quantization=args.quantization,
         expert_memory=args.expert_memory,
         max_length=args.max_length,
-        max_num_seqs=args.max_num_seqs,
+        max_num_seqs=_MAX_NUM_SEQS if args.max_num_seqs is None else args.max_num_seqs,
         max_step_tokens=args.max_step_tokens,
         cache_gib=args.cache_gib,
         cache_dtype=args.cache_dtype,

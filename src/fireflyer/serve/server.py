@@ -6,7 +6,6 @@ The first SIGTERM or Ctrl-C lets nobody in any more (503) and waits for those in
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import signal
@@ -18,7 +17,6 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from fireflyer.errors import UserError
 from fireflyer.infer.async_engine import AsyncEngine
 from fireflyer.serve.service import Service
 
@@ -26,27 +24,6 @@ _log = logging.getLogger("fireflyer.serve")
 
 _CLOSING_S = 5
 """After the drain: for connections to take the last bytes, and for the engine to end its step."""
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, before anything slow is done. Raises UserError."""
-    if not 0 <= port < 2**16:
-        raise UserError(f"--port {port}: ports go from 0 (any that is free) to 65535")
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
-    except socket.gaierror:
-        raise UserError(
-            f"--host {host}: no such host; 127.0.0.1 is this machine alone, 0.0.0.0 every network"
-        ) from None
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(
-                f"port {port} on {host} is in use; stop what listens there, or choose another --port"
-            ) from None
-        if error.errno == errno.EACCES:
-            raise UserError(f"port {port} is not allowed to you; choose a --port above 1023") from None
-        raise UserError(f"can't listen on {host} port {port}: {error.strerror}") from None
 
 
 def serve(app: FastAPI, engine: AsyncEngine, on_started: Callable[[], None], sock: socket.socket) -> None:
