@@ -46,6 +46,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--shots", type=int, metavar="N", help="examples before each problem; default: the task's")
     parser.add_argument("--lengths", default="", metavar="N,N", help="for needle; default: 1024,2048,4096 tokens")
+    parser.add_argument(
+        "--needles", type=int, default=1, metavar="N", help="for needle: at each length and depth; default: %(default)s"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems of each task")
     parser.add_argument(
         "--grader",
@@ -105,7 +108,15 @@ def run(args: argparse.Namespace) -> int:
 def _asked(args: argparse.Namespace, names: Sequence[str]) -> Asked:
     from fireflyer.evaluate.prepare import Asked
 
-    for name, least in (("samples", 1), ("max_tokens", 1), ("limit", 1), ("shots", 0), ("batch", 1), ("seed", 0)):
+    for name, least in (
+        ("samples", 1),
+        ("max_tokens", 1),
+        ("limit", 1),
+        ("shots", 0),
+        ("batch", 1),
+        ("seed", 0),
+        ("needles", 1),
+    ):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
@@ -113,6 +124,8 @@ def _asked(args: argparse.Namespace, names: Sequence[str]) -> Asked:
         raise UserError(f"--seed is {args.seed}; it must be below 2^31")
     if args.lengths and "needle" not in names:
         raise UserError(f"--lengths {args.lengths} is for the task needle; leave it out")
+    if args.needles != 1 and "needle" not in names:
+        raise UserError(f"--needles {args.needles} is for the task needle; leave it out")
     if args.grader is not None and "problems" not in names:
         raise UserError(f"--grader {args.grader} is for the task problems; the others have their own")
     return Asked(
@@ -123,6 +136,7 @@ def _asked(args: argparse.Namespace, names: Sequence[str]) -> Asked:
         max_tokens=args.max_tokens,
         ks=_whole_numbers("--k", args.k),
         lengths=_whole_numbers("--lengths", args.lengths) or (1024, 2048, 4096),
+        needles=args.needles,
         seed=args.seed,
         problem_seed=_problem_seed(Path(args.checkpoint)),
         limit=args.limit,

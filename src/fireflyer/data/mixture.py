@@ -16,6 +16,7 @@ from fireflyer.data.builtin import STDLIB, stdlib_documents
 from fireflyer.data.documents import FileDocuments, Source, find_files
 from fireflyer.data.expressions import ExpressionSource
 from fireflyer.data.files import ReadOptions
+from fireflyer.data.needles import needle_source
 from fireflyer.data.split import FileSource, split_by_hash
 from fireflyer.errors import UserError
 
@@ -33,7 +34,7 @@ def open_sources(
     seed: int = 0,
     held_out: float = 0.01,
 ) -> "Mixture":
-    """Open PATH[:WEIGHT] and builtin:NAME[:WEIGHT] (stdlib, arithmetic, expressions), and read all of it once.
+    """Open PATH[:WEIGHT] and builtin:NAME[:WEIGHT] (stdlib, arithmetic, expressions, needles-N), and read it all once.
 
     Weights are shares of the tokens. With none given anywhere, sources count by their size, so that all of them are
     through at the same time; with some given, the others weigh 1. `held_out` is the share of documents set apart for
@@ -67,15 +68,17 @@ def parse_spec(spec: str) -> tuple[str, float | None]:
     return name, weight
 
 
-def _open_source(name: str, options: ReadOptions, seed: int) -> FileDocuments | ArithmeticSource | ExpressionSource:
+def _open_source(name: str, options: ReadOptions, seed: int) -> FileDocuments | Source:
     if name == STDLIB:
         return stdlib_documents()
     if name == ArithmeticSource.name:
         return ArithmeticSource(seed)
     if name == ExpressionSource.name:
         return ExpressionSource(seed)
+    if (needles := needle_source(name, seed)) is not None:
+        return needles
     if name.startswith("builtin:") and not Path(name).exists():
-        there = f"{STDLIB}, {ArithmeticSource.name} and {ExpressionSource.name}"
+        there = f"{STDLIB}, {ArithmeticSource.name}, {ExpressionSource.name} and builtin:needles-N, N tokens long"
         raise UserError(f"no data called {name}: there are {there}")
     return FileDocuments(name, find_files(Path(name)), options)
 

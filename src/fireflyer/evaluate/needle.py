@@ -9,57 +9,61 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from fireflyer.data.needles import NEEDLE, NUMBERS, PLACES, QUESTION, SMALLEST_NUMBER, sentence
 from fireflyer.errors import UserError
 from fireflyer.evaluate.problems import Item
 from fireflyer.text.tokenizer import Tokenizer
 
 DEPTHS = 5
-_PLACES = ("Lisbon", "Nairobi", "Osaka", "Quito", "Tromsø", "Utrecht", "Valencia", "Warsaw")
-_NEEDLE = "The secret number of {place} is {number}."
 _ASKED = {
-    "plain": "\n\nThe secret number of {place} is",
+    "plain": QUESTION,
     "chat": "\n\nWhat is the secret number of {place}? Answer with the number alone.",
 }
-_WHO = ("The gardener", "A neighbour", "The old teacher", "My cousin", "The ferryman", "Her brother", "A traveller")
-_DID = ("walked along", "talked about", "looked for", "painted", "remembered", "passed by", "wrote about")
-_WHAT = ("the river", "the market", "a quiet street", "the stone bridge", "an empty house", "the hills", "the harbour")
-_WHEN = ("in the morning", "before dinner", "without haste", "as the rain began", "on the way home", "late in autumn")
 
 
 def needle_items(
-    tokenizer: Tokenizer, way: str, lengths: Sequence[int], haystack: Path | None, seed: int, depths: int = DEPTHS
+    tokenizer: Tokenizer,
+    way: str,
+    lengths: Sequence[int],
+    haystack: Path | None,
+    seed: int,
+    each: int = 1,
+    depths: int = DEPTHS,
 ) -> list[Item]:
-    """One for each length and depth, from the beginning (0) to the end (1) of the text; prompts of about that length.
+    """`each` for each length and depth, from the beginning (0) to the end (1) of the text; prompts are about as long.
 
     Raises UserError for a text that is too short.
     """
     items = []
-    for length in lengths:
-        for step in range(depths):
-            draw = random.Random(f"{seed} {length} {step}")
-            place, number = draw.choice(_PLACES), str(draw.randrange(10_000, 100_000))
-            needle = _NEEDLE.format(place=place, number=number)
-            asked = _ASKED[way].format(place=place)
-            room = length - len(tokenizer.encode(needle + asked)) - 16  # the template's own marks
-            sentences = _sentences(tokenizer, room, haystack, draw)
-            depth = step / (depths - 1)
-            sentences.insert(round(depth * len(sentences)), needle)
-            problem = {"answer": number, "length": length, "depth": depth}
-            items.append(Item(f"{length} tokens, depth {depth:.0%}", " ".join(sentences) + asked, problem))
+    for length, step, number in product(lengths, range(depths), range(each)):
+        draw = random.Random(f"{seed} {length} {step} {number}")
+        place, secret = draw.choice(PLACES), str(draw.randrange(SMALLEST_NUMBER, SMALLEST_NUMBER + NUMBERS))
+        needle = NEEDLE.format(place=place, number=secret)
+        asked = _ASKED[way].format(place=place)
+        room = length - len(tokenizer.encode(needle + asked)) - 16  # the template's own marks
+        sentences = _sentences(tokenizer, room, haystack, draw)
+        depth = step / (depths - 1)
+        sentences.insert(round(depth * len(sentences)), needle)
+        problem = {"answer": secret, "length": length, "depth": depth}
+        items.append(Item(f"{length} tokens, depth {depth:.0%}, {number}", " ".join(sentences) + asked, problem))
     return items
 
 
 def needle_map(items: Sequence[Item], records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Length, depth and the share of right answers of each cell."""
-    cells = []
+    right: dict[tuple[int, float], list[float]] = {}
     for record in records:
         problem = items[record["number"]].problem
-        right = [float(sample["correct"]) for sample in record["samples"]]
-        cells.append({"length": problem["length"], "depth": problem["depth"], "found": sum(right) / len(right)})
-    return cells
+        cell = right.setdefault((problem["length"], problem["depth"]), [])
+        cell += [float(sample["correct"]) for sample in record["samples"]]
+    return [
+        {"length": length, "depth": depth, "found": sum(found) / len(found)}
+        for (length, depth), found in sorted(right.items())
+    ]
 
 
 def needle_svg(cells: Sequence[Mapping[str, Any]], title: str) -> str:
@@ -93,20 +97,20 @@ def needle_svg(cells: Sequence[Mapping[str, Any]], title: str) -> str:
 def _sentences(tokenizer: Tokenizer, room: int, haystack: Path | None, draw: random.Random) -> list[str]:
     """As many as fit into this many tokens."""
     if haystack is None:
-        candidates = iter(lambda: " ".join(draw.choice(part) for part in (_WHO, _DID, _WHAT, _WHEN)) + ".", None)
+        candidates = iter(lambda: sentence(draw.getrandbits(32)), None)
     else:
         try:
             text = haystack.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{haystack}: {error}") from None
-        candidates = iter(f"{sentence.strip()}." for sentence in text.split(".") if sentence.strip())
+        candidates = iter(f"{part.strip()}." for part in text.split(".") if part.strip())
     found: list[str] = []
     used = 0
-    for sentence in candidates:
-        used += len(tokenizer.encode(" " + sentence))
+    for candidate in candidates:
+        used += len(tokenizer.encode(" " + candidate))
         if used > room:
             return found
-        found.append(sentence)
+        found.append(candidate)
     raise UserError(
         f"{haystack} has {used:,} tokens, fewer than the {room:,} of the longest haystack; give a longer text"
     )

@@ -27,8 +27,8 @@ class Asked:
     """Of all tasks; None: what the task or the protocol has.
 
     ks: of pass@k and maj@k. seed: of needles; problem_seed: of the run, which says what arithmetic it never saw.
-    limit: only the first so many problems. lengths: of needle's prompts, in tokens. prompt: "auto" is chat for a model
-    that was taught it. data, examples: files, by the task's name.
+    limit: only the first so many problems. lengths: of needle's prompts, in tokens; needles: of each length and depth.
+    prompt: "auto" is chat for a model that was taught it. data, examples: files, by the task's name.
     """
 
     protocol: str | None = None
@@ -44,6 +44,7 @@ class Asked:
     prompt: Literal["auto", "chat", "plain"] = "auto"
     grader: str | None = None
     lengths: tuple[int, ...] = (1024, 2048, 4096)
+    needles: int = 1
     data: Mapping[str, Path] = field(default_factory=dict)
     examples: Mapping[str, Path] = field(default_factory=dict)
 
@@ -91,7 +92,7 @@ def prepare(task: Task, asked: Asked, tokenizer: Tokenizer) -> Prepared:
             raise UserError(f"{task.name} needs a file: --data {task.name}=FILE; {task.what}")
         documents = FileDocuments(str(path), find_files(path), ReadOptions())
     elif task.name == "needle":
-        items = needle_items(tokenizer, way, asked.lengths, path, asked.seed)[: asked.limit]
+        items = needle_items(tokenizer, way, asked.lengths, path, asked.seed, asked.needles)[: asked.limit]
     else:
         items = task_items(task, path, asked.problem_seed)[: asked.limit]
     pool, shots = _examples(task, asked, examples_path, way)
@@ -101,6 +102,7 @@ def prepare(task: Task, asked: Asked, tokenizer: Tokenizer) -> Prepared:
         "examples": None if not pool else {"path": str(examples_path), "sha256": data_identity(_there(examples_path))},
         "problem_seed": asked.problem_seed if task.name == "arithmetic" else None,
         "lengths": list(asked.lengths) if task.name == "needle" else None,
+        "needles": asked.needles if task.name == "needle" else None,
         "limit": asked.limit,
         "shots": shots,
         "prompt": {"way": way, "form": task.chat if way == "chat" else task.plain} if task.kind == "generate" else None,
