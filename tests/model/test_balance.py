@@ -78,6 +78,21 @@ def test_sequence_loss_does_not_depend_on_how_a_batch_is_cut():
     torch.testing.assert_close(scores.grad, twin.grad)
 
 
+def test_parts_of_a_sequence_add_up_to_its_loss():
+    """As ranks that each hold some of the tokens compute it: uneven parts, counts summed by whoever holds them."""
+    scores = torch.rand(2, 10, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    whole = sequence_balance_loss(scores.flatten(0, 1), (2, 10), 3)
+    chosen = torch.zeros(2, 10, 8).scatter_(2, stable_top_k(scores, 3), 1.0).sum(1)
+    parts = [scores[:, part] for part in (slice(0, 7), slice(7, 10))]
+    losses = [
+        sequence_balance_loss(part.flatten(0, 1), (2, part.shape[1]), 3, num_tokens=10, total=lambda counts: chosen)
+        for part in parts
+    ]
+    torch.testing.assert_close(sum(losses), whole)
+    (expected,), (found,) = torch.autograd.grad(whole, scores), torch.autograd.grad(sum(losses), scores)
+    torch.testing.assert_close(found, expected)
+
+
 def test_sequence_loss_is_taken_from_unbiased_scores(tiny, ids):
     """The gate bias moves the experts chosen, never the first layer's loss."""
     losses, chosen = [], []

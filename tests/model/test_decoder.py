@@ -154,3 +154,18 @@ def test_recorded_experts_forced_on_other_weights_are_taken_in_every_layer(tiny,
         assert torch.equal(layer.indices_NK, experts[layer.layer_index])
         assert not torch.equal(own.routing[index].indices_NK, layer.indices_NK)
     assert forced.routing[-1].layer_index == model.config.num_hidden_layers  # the MTP layer chose for itself
+
+
+def test_in_fp64_nothing_is_rounded_to_fp32(tiny, ids):
+    """The slope by finite differences has four digits only where all between is exact to ten."""
+    model = tiny("v3", num_nextn_predict_layers=1).double()
+    embeds = model.model.embed_tokens(ids(1, 12)).detach().requires_grad_()
+
+    def total(inputs):
+        out = model(inputs_embeds=inputs)
+        return out.logits.sin().sum() + out.mtp_logits[0].sin().sum()
+
+    (gradient,) = torch.autograd.grad(total(embeds), embeds)
+    step = 1e-6 * torch.randn(embeds.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    slope = (total(embeds + step) - total(embeds - step)) / 2
+    assert slope.item() == pytest.approx((gradient * step).sum().item(), rel=1e-4)

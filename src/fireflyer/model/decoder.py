@@ -162,7 +162,7 @@ class Decoder(nn.Module):
             positions = (torch.arange(tokens, device=embeds_BTD.device) + start).expand(embeds_BTD.shape[0], tokens)
         if form is None:
             form = "absorbed" if cache is not None and tokens <= ABSORBED_UP_TO else "expanded"
-        cos_sin = self._cos_sin(positions)
+        cos_sin = self.cos_sin(positions)
         if groups is None:
             inputs = _attention_inputs(cos_sin, positions, document_ids, cache, form, tiles)
         else:
@@ -214,10 +214,11 @@ class Decoder(nn.Module):
             positions_BT: (1, N), the positions i.
             groups, tiles: as `trunk` takes them.
         """
-        inputs = AttentionInputs(*self._cos_sin(positions_BT), tuple(groups), tiles)
+        inputs = AttentionInputs(*self.cos_sin(positions_BT), tuple(groups), tiles)
         return self.model.mtp[depth](hidden_BTD, self.embed(next_ids_BT), inputs)[0]
 
-    def _cos_sin(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary cosines and sines of these positions, as `AttentionInputs` takes them."""
         frequencies = rope_frequencies(self.config, positions_BT.device)
         return rope_cos_sin(frequencies, positions_BT, rope_amplitude(self.config.rope_scaling))
 

@@ -13,9 +13,14 @@ from fireflyer.model.deterministic import exact_swiglu
 from fireflyer.model.row_tiles import RowTiles, linear
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32; in fp64 as it is, so that a model in fp64 computes in it all through."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x over its root mean square, and what it was multiplied by; fp32."""
-    wide = x.float()
+    wide = at_least_fp32(x)
     inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
     return wide * inverse, inverse
 
@@ -47,7 +52,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean(x²) + eps) · weight over the last axis, in fp32 whatever the dtype of x."""
+    """x / √(mean(x²) + eps) · weight over the last axis, in fp32 at least whatever the dtype of x."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fireflyer.config import ModelConfig, RopeScaling
+from fireflyer.model.norm import at_least_fp32
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -82,9 +83,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin: broadcastable to (..., R/2).
 
     Returns:
-        The same shape and dtype as `x`; the arithmetic is fp32.
+        The same shape and dtype as `x`; the arithmetic is fp32, or fp64 for fp64.
     """
-    wide = x.float()
+    wide = at_least_fp32(x)
     # One complex product is a third of the time with its backward. Without gradients the composed form stays, which
     # rounds every element alike wherever it stands; the compiler fuses that, and knows no complex numbers. A call of
     # many layers turns by `turn_pairs`.
@@ -106,5 +107,5 @@ def pair_factors(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def turn_pairs(x: Tensor, own: Tensor, neighbour: Tensor, place_R: Tensor) -> Tensor:
     """`apply_rope` to the bit, in a third of the time, once a call's layers share the factors. Not for training."""
-    wide = x.float()
+    wide = at_least_fp32(x)
     return (wide * own + wide.index_select(-1, place_R) * neighbour).to(x.dtype)

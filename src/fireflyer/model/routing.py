@@ -6,12 +6,15 @@ from the unbiased scores, renormalised, scaled once. V2: softmax scores; a group
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fireflyer.config import ModelConfig
 from fireflyer.model.deterministic import exact_sigmoid
+from fireflyer.model.norm import at_least_fp32
 from fireflyer.model.row_tiles import RowTiles
 
 
@@ -74,7 +77,14 @@ def _close_groups(choice_NE: Tensor, config: ModelConfig) -> Tensor:
     return choice_NGX.masked_fill(closed_NG[..., None], float("-inf")).flatten(1)
 
 
-def sequence_balance_loss(scores_NE: Tensor, shape_BT: tuple[int, int], num_experts_per_tok: int) -> Tensor:
+def sequence_balance_loss(
+    scores_NE: Tensor,
+    shape_BT: tuple[int, int],
+    num_experts_per_tok: int,
+    *,
+    num_tokens: int | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """The complementary sequence-wise balance loss without its α (report eq. 17-20), averaged over the sequences.
 
     f counts how often an expert is among the top K of the *unbiased* scores, scaled by E/(K·T); P is the mean over the
@@ -83,19 +93,24 @@ def sequence_balance_loss(scores_NE: Tensor, shape_BT: tuple[int, int], num_expe
     Args:
         scores_NE: (B·T, E) fp32 affinities, rows in (batch, token) order.
         shape_BT: (B, T).
+        num_tokens: of a whole sequence, where the T are a part of it. The losses of the parts then add up to the whole.
+        total: with num_tokens, the sum of (B, E) counts over the parts.
 
     Returns:
         Scalar; 1 at perfect balance.
     """
+    num_tokens = shape_BT[1] if num_tokens is None else num_tokens
     scores_BTE = scores_NE.unflatten(0, shape_BT)
     num_experts = scores_NE.shape[1]
     with torch.no_grad():
         top_BTK = stable_top_k(scores_BTE, num_experts_per_tok)
         counts_BE = torch.zeros(shape_BT[0], num_experts, device=scores_NE.device)
         counts_BE.scatter_add_(1, top_BTK.flatten(1), torch.ones_like(top_BTK, dtype=counts_BE.dtype).flatten(1))
-        share_BE = counts_BE * (num_experts / (num_experts_per_tok * shape_BT[1]))
+        share_BE = (counts_BE if total is None else total(counts_BE)) * (
+            num_experts / (num_experts_per_tok * num_tokens)
+        )
     # The same guard as in `route`: sigmoids can all underflow to 0.
-    probability_BE = (scores_BTE / (scores_BTE.sum(-1, keepdim=True) + 1e-20)).mean(1)
+    probability_BE = (scores_BTE / (scores_BTE.sum(-1, keepdim=True) + 1e-20)).mean(1) * (shape_BT[1] / num_tokens)
     return (share_BE * probability_BE).sum(-1).mean()
 
 
@@ -126,7 +141,7 @@ def max_violation(counts_E: Tensor) -> float:
 
 
 def gate_logits(x_ND: Tensor, weight_ED: Tensor, tiles: RowTiles | None = None) -> Tensor:
-    """(N, E) in fp32 whatever the model's dtype, under autocast too: a gate in bf16 chooses other experts."""
+    """(N, E) in fp32 at least whatever the model's dtype, under autocast too: a gate in bf16 chooses other experts."""
     with torch.autocast(x_ND.device.type, enabled=False):
-        x_ND, weight_ED = x_ND.float(), weight_ED.float()
+        x_ND, weight_ED = at_least_fp32(x_ND), at_least_fp32(weight_ED)
         return F.linear(x_ND, weight_ED) if tiles is None else tiles.linear(x_ND, weight_ED)
