@@ -87,7 +87,9 @@ def grouped_linear(x_MD: Tensor, weight_EOD: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
-    """Whether one call serves all experts: every row must be a multiple of 16 bytes, and a GPU does bf16 alone."""
+    """Whether one call serves all experts: no fp64, every row a multiple of 16 bytes, and a GPU does bf16 alone."""
+    if x.dtype == torch.float64:
+        return False
     aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
     return aligned and x.shape[0] >= weight.shape[0] and (x.device.type == "cpu" or x.dtype == torch.bfloat16)
 
