@@ -96,6 +96,11 @@ def read_recipe(path: Path) -> Recipe:
     return _build([Layer(read_toml(path), str(path), {})])
 
 
+def recipe_of(values: dict[str, Any], label: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of settings that were read as part of something else, `label`. Raises UserError."""
+    return _build([Layer(values, label, {}), _layer_of_overrides(overrides)])
+
+
 def to_toml(recipe: Recipe) -> str:
     """The recipe as TOML; `read_recipe` of it gives an equal one."""
     return to_toml_text(as_tables(recipe))
