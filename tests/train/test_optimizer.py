@@ -17,7 +17,7 @@ from fireflyer.train.optimizer import (
     optimizer_tensors,
 )
 from fireflyer.train.recipe import load_recipe
-from fireflyer.train.settings import OptimizerSettings, Recipe
+from fireflyer.train.settings import OptimizerSettings, PrecisionSettings, Recipe
 
 RATES = [1e-2, 2e-2, 5e-3]
 
@@ -60,6 +60,17 @@ def naive_adamw(weight: Tensor, grads: list[Tensor], decay: float) -> Tensor:
     return weight
 
 
+def naive_narrow_adamw(weight: Tensor, grads: list[Tensor], decay: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight and moments; these go through bf16 between steps."""
+    weight, first, second = weight.double(), torch.zeros_like(weight).double(), torch.zeros_like(weight).double()
+    for t, (grad, lr) in enumerate(zip(grads, RATES, strict=True), start=1):
+        first, second = 0.9 * first + 0.1 * grad.double(), 0.95 * second + 0.05 * grad.double().square()
+        update = (first / (1 - 0.9**t)) / ((second / (1 - 0.95**t)).sqrt() + 1e-8)
+        weight = weight - lr * decay * weight - lr * update
+        first, second = first.bfloat16().double(), second.bfloat16().double()
+    return weight, first, second
+
+
 def naive_newton_schulz(matrix: Tensor) -> Tensor:
     """Keller Jordan's quintic iteration in float64, on the wide side."""
     x = matrix.double()
@@ -80,7 +91,10 @@ def naive_muon(weight: Tensor, grads: list[Tensor], decay: float, momentum: floa
     return weight
 
 
-def three_steps(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, list[Tensor]], Decoder]:
+def three_steps(
+    recipe: Recipe, state: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]], Decoder]:
+    """state: filled with what the optimizer keeps."""
     model = tiny_model(recipe)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     grads: dict[str, list[Tensor]] = {name: [] for name in before}
@@ -92,6 +106,8 @@ def three_steps(recipe: Recipe) -> tuple[dict[str, Tensor], dict[str, list[Tenso
             grads[name].append(parameter.grad.clone())
         optimizer.step(lr)
         optimizer.zero_grad()
+    if state is not None:
+        state.update(optimizer_tensors(optimizer))
     return before, grads, model
 
 
@@ -101,6 +117,26 @@ def test_adamw_equals_its_formula_and_spares_the_norms_from_decay() -> None:
         decay = 0.0 if "norm" in name else 0.3
         expected = naive_adamw(before[name], grads[name], decay)
         torch.testing.assert_close(parameter.double(), expected, rtol=2e-6, atol=2e-6, msg=name)
+
+
+def test_moments_in_bf16_are_rounded_after_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fireflyer.train.narrow_adamw._AT_A_TIME", 50)  # a parameter in several stretches
+    recipe = tiny_recipe(weight_decay=0.3)
+    recipe = recipe.model_copy(update={"precision": PrecisionSettings(moments="bf16")})
+    state: dict[str, Tensor] = {}
+    before, grads, model = three_steps(recipe, state)
+    for name, parameter in model.named_parameters():
+        weight, first, second = naive_narrow_adamw(before[name], grads[name], 0.0 if "norm" in name else 0.3)
+        torch.testing.assert_close(parameter.double(), weight, rtol=2e-6, atol=2e-6, msg=name)
+        for moment, expected in (("exp_avg", first), ("exp_avg_sq", second)):
+            found = state[f"{name}.{moment}"]
+            assert found.dtype == torch.bfloat16
+            # Beside a tie fp32 and float64 may round to two neighbours.
+            torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=1e-12, msg=name)
+            assert (found.double() == expected).double().mean() > 0.98
+    again = build_optimizer(model, recipe)
+    load_optimizer_tensors(again, state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in optimizer_tensors(again).items())
 
 
 def test_the_gate_bias_is_none_of_the_optimizers_business() -> None:
