@@ -5,17 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fireflyer.errors import UserError
 
 if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import TextIO
-
-    from fireflyer.checkpoint.convert import Converted, Progress
+    from fireflyer.checkpoint.convert import Converted
 
 PRECISIONS = ("bf16", "fp32", "fp8", "int8", "int4")
 
@@ -68,6 +64,7 @@ def _check_source(name: str) -> None:
 
 
 def _convert(args: argparse.Namespace) -> Converted:
+    from fireflyer.cli.convert_bar import Bar
     from fireflyer.cli.signals import StopSignals
     from fireflyer.config.sizes import show_bytes
 
@@ -89,69 +86,3 @@ def _sentence(converted: Converted, to: str) -> str:
         f"{converted.folder}: {done} to {to}: {converted.num_tensors:,} tensors, {converted.num_bytes:,} bytes in"
         f" {files}. Now: fireflyer generate {converted.folder} PROMPT"
     )
-
-
-class Bar:
-    """A conversion's progress: a live line on a terminal, now and then a plain line elsewhere."""
-
-    def __init__(self, stream: TextIO) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        self._console = Console(file=stream, highlight=False, soft_wrap=True)
-        self._live = Live(console=self._console, auto_refresh=False, transient=True)
-        self._begun: tuple[float, int] | None = None
-        self._shown_at = float("-inf")
-
-    def __enter__(self) -> Bar:
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.stop()
-
-    def note(self, line: str) -> None:
-        """Print a line above the live one."""
-        from rich.text import Text
-
-        self._console.print(Text(line))
-
-    def on_progress(self, progress: Progress) -> None:
-        """Draw it, not more often than a reader can follow."""
-        from rich.text import Text
-
-        from fireflyer.cli.progress import BAR_WIDTH, PLAIN_EVERY_S
-
-        now = time.monotonic()
-        if self._begun is None:
-            self._begun = (now, progress.done_bytes)
-        every_s = 0.1 if self._console.is_terminal else PLAIN_EVERY_S
-        if now - self._shown_at < every_s and progress.done_bytes < progress.total_bytes:
-            return
-        self._shown_at = now
-        line = self._line(progress, now)
-        if not self._console.is_terminal:
-            self.note(line)
-            return
-        done = BAR_WIDTH * progress.done_bytes // progress.total_bytes
-        bar = [("━" * done, "green"), ("─" * (BAR_WIDTH - done), "dim")]
-        self._live.update(Text.assemble(*bar, f"  {line}\n{progress.tensor}", no_wrap=True), refresh=True)
-
-    def _line(self, progress: Progress, now: float) -> str:
-        from fireflyer.cli.progress import duration
-        from fireflyer.config.sizes import show_bytes
-
-        assert self._begun is not None
-        parts = [
-            f"{show_bytes(progress.done_bytes)} of {show_bytes(progress.total_bytes)}",
-            f"file {progress.file} of {progress.num_files}",
-        ]
-        took, written = now - self._begun[0], progress.done_bytes - self._begun[1]
-        if took > 0 and written > 0:
-            speed = written / took
-            parts.append(f"{speed / 1e9:.2f} GB/s")
-            parts.append(f"left {duration((progress.total_bytes - progress.done_bytes) / speed)}")
-        return "  ".join(parts)

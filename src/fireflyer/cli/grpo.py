@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from fireflyer.cli.post_training import add_arguments
+from fireflyer.cli.post_training import add_arguments, add_env_argument
 from fireflyer.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,12 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         " and what was better than the rest of its group becomes more likely. The same command again goes on.",
     )
     add_arguments(parser, PRESET, example="grpo.group_size=8", data=False)
-    parser.add_argument(
-        "--env",
-        metavar="NAME|FILE",
-        help="problems: a data set of reasoning-gym by name, a .jsonl of problem and answer, or a .py with PROBLEMS and"
-        " grade(problem, answer)",
-    )
+    add_env_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:

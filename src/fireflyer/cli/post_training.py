@@ -18,10 +18,25 @@ if TYPE_CHECKING:
 def add_arguments(
     parser: argparse.ArgumentParser, preset: str, *, example: str, data: bool = True, files: str = ".jsonl files"
 ) -> None:
-    """The options that every verb of post-training has. example: a setting; data: whether it learns from `files`."""
+    """Where a run begins and what it reads, then `add_run_arguments`. data: whether it learns from `files`."""
     parser.add_argument("--from", dest="init_from", metavar="CHECKPOINT", help="the model to begin from")
     if data:
         parser.add_argument("--data", metavar="FILE", nargs="+", action="extend", help=f"{files}; may be repeated")
+    add_run_arguments(parser, preset, example)
+
+
+def add_env_argument(parser: argparse.ArgumentParser) -> None:
+    """Where problems come from."""
+    parser.add_argument(
+        "--env",
+        metavar="NAME|FILE",
+        help="problems: a data set of reasoning-gym by name, a .jsonl of problem and answer, or a .py with PROBLEMS and"
+        " grade(problem, answer)",
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, preset: str, example: str) -> None:
+    """The options that every verb of post-training has. example: a setting."""
     parser.add_argument("--recipe", metavar="CONFIG", help=f"a recipe (.toml) on top of the shipped one, {preset}")
     parser.add_argument("--run", metavar="DIR", help=f"the run's folder (default runs/{preset})")
     parser.add_argument(

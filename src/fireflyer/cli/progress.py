@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from types import TracebackType
 from typing import TextIO
 
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
-
+from fireflyer.cli.live import LiveLine
 from fireflyer.train.events import Evaluated, Event, Finished, Notice, Saved, Started, StepDone, StepMetrics
 
-PLAIN_EVERY_S = 10.0
-BAR_WIDTH = 20
 
-
-class Progress:
+class Progress(LiveLine):
     """Prints a run's events to `stream`. With `usd_per_hour` the cost so far stands beside the time left."""
 
     def __init__(self, stream: TextIO, usd_per_hour: float | None = None) -> None:
-        self._console = Console(file=stream, highlight=False, soft_wrap=True)
-        self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        super().__init__(stream)
         self._usd_per_hour = usd_per_hour
         self._bits_per_byte: float | None = None
-        self._last_line_at = float("-inf")
         self._recent: list[StepMetrics] = []
-
-    def __enter__(self) -> Progress:
-        if self._console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.stop()
-
-    def note(self, line: str) -> None:
-        """Print a line above the live one."""
-        self._console.print(Text(line))
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, StepDone):
@@ -53,14 +29,8 @@ class Progress:
     def _step(self, event: StepDone) -> None:
         self._recent = [*self._recent[-19:], event.metrics]
         progress, measures = self._status(event.total_steps)
-        if self._console.is_terminal:
-            done = BAR_WIDTH * event.metrics.step // event.total_steps
-            bar = [("━" * done, "green"), ("─" * (BAR_WIDTH - done), "dim")]
-            below = "\n".join([measures, *self._more_lines()])
-            self._live.update(Text.assemble(*bar, f"  {progress}\n{below}", no_wrap=True), refresh=True)
-        elif time.monotonic() - self._last_line_at >= PLAIN_EVERY_S or event.metrics.step == event.total_steps:
-            self._last_line_at = time.monotonic()
-            self.note(f"{progress}  {measures}")
+        below = "\n".join([measures, *self._more_lines()]) if self.is_terminal else ""
+        self.show(event.metrics.step, event.total_steps, progress, below, f"{progress}  {measures}")
 
     def _status(self, total_steps: int) -> tuple[str, str]:
         return status(self._recent, total_steps, self._bits_per_byte, self._usd_per_hour)

@@ -158,6 +158,10 @@ class Tokenizer:
         """The same, marked as that of a model which was taught to chat; the mark is saved with it."""
         return Tokenizer(self._json, {**self._all_settings(), _TAUGHT: True}, self._source)
 
+    def is_same(self, other: "Tokenizer") -> bool:
+        """Whether both cut any text into the same ids; templates and other settings don't count."""
+        return self._json == other._json or json.loads(self._json) == json.loads(other._json)
+
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json (as it was read) and tokenizer_config.json into an existing folder."""
         config = json.dumps(self._all_settings(), ensure_ascii=False, indent=2) + "\n"

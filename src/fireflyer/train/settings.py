@@ -238,7 +238,8 @@ def _check_batches(recipe: Recipe) -> None:
 def _check_sequences(recipe: Recipe) -> None:
     model = recipe.model
     if recipe.seq_len > model.max_position_embeddings:
-        text = f"seq_len = {recipe.seq_len} is above model.max_position_embeddings = {model.max_position_embeddings}"
+        limit = model.max_position_embeddings
+        text = f"seq_len = {recipe.seq_len} is above model.max_position_embeddings = {limit}; set {limit} at most"
         raise SettingError("seq_len", text)
     if recipe.seq_len <= model.num_nextn_predict_layers:
         text = f"seq_len = {recipe.seq_len} is too short for model.num_nextn_predict_layers = "
