@@ -48,7 +48,8 @@ def test_rank_loss_is_one_minus_the_days_mean_correlation(seed: int) -> None:
     expected = day_losses(scores.detach().numpy(), np.nan_to_num(holes.numpy()), known.numpy())
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-6)
     loss.backward()
-    assert scores.grad is not None and bool(scores.grad.isfinite().all())
+    assert scores.grad is not None
+    assert bool(scores.grad.isfinite().all())
     assert bool((scores.grad[~known] == 0).all())
 
 
@@ -56,7 +57,8 @@ def test_equal_scores_have_a_finite_slope() -> None:
     scores = torch.zeros(6, 2, 1, requires_grad=True)
     loss = rank_loss(scores, torch.randn(6, 2, 1), torch.ones(6, 2, 1, dtype=torch.bool))
     loss.backward()
-    assert scores.grad is not None and bool(scores.grad.isfinite().all())
+    assert scores.grad is not None
+    assert bool(scores.grad.isfinite().all())
     assert float(loss.detach()) == pytest.approx(1.0)
     assert float(rank_loss(scores, scores, torch.zeros(6, 2, 1, dtype=torch.bool)).detach()) == 0.0
 
@@ -93,7 +95,8 @@ def test_quantiles_never_cross() -> None:
     assert bool((ordered.diff(dim=-1) >= 0).all())
     torch.testing.assert_close(ordered[..., 2], free[..., 2])
     x = torch.linspace(-40, 40, 41, dtype=torch.float64)
-    assert bool((squareplus(x) > 0).all()) and float(squareplus(torch.zeros(1))) == 1.0
+    assert bool((squareplus(x) > 0).all())
+    assert float(squareplus(torch.zeros(1))) == 1.0
 
 
 def test_heads_have_a_score_and_five_quantiles_for_each_horizon() -> None:
@@ -108,7 +111,8 @@ def test_packing_leaves_out_days_without_a_bar_and_finds_them_again() -> None:
     packed = packing(there)
     days = torch.arange(4).expand(3, 4)
     placed = along_time(days, packed.order_BT)
-    assert placed[0, :3].tolist() == [0, 2, 3] and placed[1, :1].tolist() == [2]
+    assert placed[0, :3].tolist() == [0, 2, 3]
+    assert placed[1, :1].tolist() == [2]
     assert packed.held_BT.sum(1).tolist() == [3, 1, 4]
     back = along_time(placed, packed.place_BT)
     assert bool((back == days)[there].all())

@@ -61,7 +61,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(trained: Path, tmp_path: Path) -
     train_fold(PANEL, FOLD, recipe(), folder)
     assert files(folder) == files(trained)
     losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (folder, trained)]  # fmt: skip
-    assert losses[0] == losses[1] and len(losses[0]) == 4
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
 
 
 def test_training_reads_nothing_after_its_labels_end(trained: Path, tmp_path: Path) -> None:
@@ -88,7 +89,9 @@ def test_labels_of_the_training_span_alone_are_learned_from() -> None:
     assert known[:, FOLD.train, 2].sum() <= np.isfinite(label).sum()
     for step in range(50):
         window, names = draw(recipe(), FOLD.train, lessons.member_ND, step)
-        assert window.start >= 24 and window.stop <= 150 and len(names) <= 16 == len(set(names.tolist()))
+        assert window.start >= 24
+        assert window.stop <= 150
+        assert len(names) <= 16 == len(set(names.tolist()))
 
 
 def test_a_finished_run_is_found_and_another_recipe_or_fold_refused(trained: Path) -> None:
@@ -105,7 +108,8 @@ def test_a_finished_run_is_found_and_another_recipe_or_fold_refused(trained: Pat
 
 def test_the_decoder_is_in_the_published_format(trained: Path) -> None:
     config = load_config(trained / "model")
-    assert config.model_type == "deepseek_v3" and config.num_nextn_predict_layers == 1
+    assert config.model_type == "deepseek_v3"
+    assert config.num_nextn_predict_layers == 1
     model = MarketModel.load(trained / "model")
     ours, theirs = model.network.decoder.state_dict(), load_model(trained / "model").state_dict()
     assert ours.keys() == theirs.keys()
