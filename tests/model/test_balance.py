@@ -85,7 +85,7 @@ def test_parts_of_a_sequence_add_up_to_its_loss():
     chosen = torch.zeros(2, 10, 8).scatter_(2, stable_top_k(scores, 3), 1.0).sum(1)
     parts = [scores[:, part] for part in (slice(0, 7), slice(7, 10))]
     losses = [
-        sequence_balance_loss(part.flatten(0, 1), (2, part.shape[1]), 3, num_tokens=10, total=lambda counts: chosen)
+        sequence_balance_loss(part.flatten(0, 1), (2, part.shape[1]), 3, total=lambda counts: chosen.to(counts.dtype))
         for part in parts
     ]
     torch.testing.assert_close(sum(losses), whole)

@@ -6,7 +6,7 @@ on; `forward` goes on to logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -171,29 +171,20 @@ class Decoder(nn.Module):
             inputs = replace(inputs, forced_experts=forced_experts)
 
         routing: list[Routing] = []
-        hidden_BTD = embeds_BTD
-        for layer in self.model.layers:
-            hidden_BTD = _run(layer, recompute, routing, hidden_BTD, inputs)
+        hidden_BTD = run_layers(self.model.layers, embeds_BTD, inputs, recompute, routing)
         hidden_BTD = self.model.norm(hidden_BTD)
 
         if num_mtp is None:
             num_mtp = len(self.model.mtp) if cache is None else 0
-        mtp_hidden: list[Tensor] = []
-        previous = hidden_BTD
-        for depth, module in enumerate(self.model.mtp[:num_mtp], start=1):
-            if depth >= tokens:
-                break
-            rows = tokens - depth
-            shifted = _attention_inputs(
-                (cos_sin[0][:, :rows], cos_sin[1][:, :rows]),
-                positions[:, :rows],
-                None if document_ids is None else document_ids[:, :rows],
-                cache,
-                form,
-                tiles,
-            )
-            previous = _run(module, recompute, routing, previous[:, :rows], embeds_BTD[:, depth:], shifted)
-            mtp_hidden.append(previous)
+
+        depths = []
+        for depth in range(1, min(num_mtp, tokens - 1) + 1):
+            rows = slice(tokens - depth)
+            documents = None if document_ids is None else document_ids[:, rows]
+            angles = (cos_sin[0][:, rows], cos_sin[1][:, rows])
+            shifted = _attention_inputs(angles, positions[:, rows], documents, cache, form, tiles)
+            depths.append((embeds_BTD[:, depth:], shifted))
+        mtp_hidden = run_mtp(self.model.mtp, hidden_BTD, depths, recompute, routing)
         return TrunkOutput(hidden_BTD, mtp_hidden, routing)
 
     def mtp_step(
@@ -230,6 +221,34 @@ class Decoder(nn.Module):
     def gate_biases(self) -> list[tuple[int, Tensor]]:
         """(layer index, (E,) fp32 bias) of every MoE layer that is balanced by bias."""
         return [(i, g.e_score_correction_bias) for i, g in self.gates() if g.e_score_correction_bias is not None]
+
+
+def run_layers(
+    layers: Iterable[nn.Module], hidden_BTD: Tensor, inputs: AttentionInputs, recompute: bool, routing: list[Routing]
+) -> Tensor:
+    """One layer after the other; what the MoE layers among them decide is added to `routing`."""
+    for layer in layers:
+        hidden_BTD = _run(layer, recompute, routing, hidden_BTD, inputs)
+    return hidden_BTD
+
+
+def run_mtp(
+    modules: Iterable[nn.Module],
+    hidden_BTD: Tensor,
+    depths: Iterable[tuple[Tensor, AttentionInputs]],
+    recompute: bool,
+    routing: list[Routing],
+) -> list[Tensor]:
+    """MTP depths 1, 2, ... on the normed hidden states of the main model: each one's hidden states.
+
+    depths: by depth k, for the rows i that have a token i + k: the embeddings of these, and how the rows attend. The
+    rows come first in the depth before.
+    """
+    mtp_hidden: list[Tensor] = []
+    for module, (embeds_BTD, inputs) in zip(modules, depths, strict=False):  # not all depths may be run
+        hidden_BTD = _run(module, recompute, routing, hidden_BTD[:, : embeds_BTD.shape[1]], embeds_BTD, inputs)
+        mtp_hidden.append(hidden_BTD)
+    return mtp_hidden
 
 
 def _run(module: nn.Module, recompute: bool, routing: list[Routing], *args: Tensor | AttentionInputs) -> Tensor:

@@ -81,8 +81,6 @@ def sequence_balance_loss(
     scores_NE: Tensor,
     shape_BT: tuple[int, int],
     num_experts_per_tok: int,
-    *,
-    num_tokens: int | None = None,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The complementary sequence-wise balance loss without its α (report eq. 17-20), averaged over the sequences.
@@ -93,24 +91,24 @@ def sequence_balance_loss(
     Args:
         scores_NE: (B·T, E) fp32 affinities, rows in (batch, token) order.
         shape_BT: (B, T).
-        num_tokens: of a whole sequence, where the T are a part of it. The losses of the parts then add up to the whole.
-        total: with num_tokens, the sum of (B, E) counts over the parts.
+        total: where the T tokens are a part of their sequences: sums (B, E) over the parts. Their losses add up.
 
     Returns:
         Scalar; 1 at perfect balance.
     """
-    num_tokens = shape_BT[1] if num_tokens is None else num_tokens
     scores_BTE = scores_NE.unflatten(0, shape_BT)
-    num_experts = scores_NE.shape[1]
+    num_experts, num_tokens = scores_NE.shape[1], shape_BT[1]
     with torch.no_grad():
         top_BTK = stable_top_k(scores_BTE, num_experts_per_tok)
-        counts_BE = torch.zeros(shape_BT[0], num_experts, device=scores_NE.device)
+        counts_BE = torch.zeros(shape_BT[0], num_experts, dtype=scores_NE.dtype, device=scores_NE.device)
         counts_BE.scatter_add_(1, top_BTK.flatten(1), torch.ones_like(top_BTK, dtype=counts_BE.dtype).flatten(1))
-        share_BE = (counts_BE if total is None else total(counts_BE)) * (
-            num_experts / (num_experts_per_tok * num_tokens)
-        )
+        if total is not None:
+            counts_BE = total(counts_BE)
+            num_tokens = counts_BE.sum(-1, keepdim=True) / num_experts_per_tok
+        share_BE = counts_BE * (num_experts / (num_experts_per_tok * num_tokens))
     # The same guard as in `route`: sigmoids can all underflow to 0.
-    probability_BE = (scores_BTE / (scores_BTE.sum(-1, keepdim=True) + 1e-20)).mean(1) * (shape_BT[1] / num_tokens)
+    probability_BTE = scores_BTE / (scores_BTE.sum(-1, keepdim=True) + 1e-20)
+    probability_BE = probability_BTE.mean(1) if total is None else probability_BTE.sum(1) / num_tokens
     return (share_BE * probability_BE).sum(-1).mean()
 
 

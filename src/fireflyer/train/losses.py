@@ -22,7 +22,9 @@ from torch import Tensor
 
 from fireflyer.data.packing import NO_LABEL
 from fireflyer.model.decoder import TrunkOutput
+from fireflyer.model.experts import Routing
 from fireflyer.model.routing import sequence_balance_loss
+from fireflyer.parallel.context import SequencePart
 
 _CHUNK_ELEMENTS = 1 << 22
 """Logits held at once. On 2 cores 4M (16 MB) was best or near it at vocabularies from 512 to 32768."""
@@ -66,6 +68,7 @@ def training_losses(
     num_experts_per_tok: int,
     valid_in_batch: int,
     rows_in_batch: int,
+    part: SequencePart | None = None,
 ) -> LossTerms:
     """This micro-batch's share of the three terms.
 
@@ -76,17 +79,31 @@ def training_losses(
         document_ids_BT: (B, T) when documents are masked from each other, else None.
         valid_in_batch: valid labels in the whole global batch; 0 gives losses of 0.
         rows_in_batch: sequences in the whole global batch.
+        part: the tokens of each sequence that `out` is of, where others hold the rest. Labels and documents are the
+            whole sequences' all the same.
     """
     scale = 1.0 / max(valid_in_batch, 1)
-    main = head_cross_entropy(out.hidden_BTD, head_weight, labels_BT) * scale
-    mtp = balance = main.new_zeros(())
+    main = head_cross_entropy(out.hidden_BTD, head_weight, labels_BT if part is None else part.own(labels_BT)) * scale
+    mtp = main.new_zeros(())
     for depth, hidden in enumerate(out.mtp_hidden, start=1):
         labels = mtp_labels(labels_BT, document_ids_BT, depth)
+        labels = labels if part is None else part.own(labels)
         mtp = mtp + head_cross_entropy(hidden, head_weight, labels) * (scale / len(out.mtp_hidden))
-    for routing in out.routing:
-        share = routing.shape_BT[0] / rows_in_batch
-        balance = balance + sequence_balance_loss(routing.scores_NE, routing.shape_BT, num_experts_per_tok) * share
+    balance = balance_loss(out.routing, num_experts_per_tok=num_experts_per_tok, rows_in_batch=rows_in_batch, part=part)
     return LossTerms(main, mtp, balance)
+
+
+def balance_loss(
+    routings: list[Routing], *, num_experts_per_tok: int, rows_in_batch: int, part: SequencePart | None = None
+) -> Tensor:
+    """The third term alone, of these layers; the arguments are `training_losses`'."""
+    total = None if part is None else part.total
+    balance = torch.zeros(())
+    for routing in routings:
+        share = routing.shape_BT[0] / rows_in_batch
+        loss = sequence_balance_loss(routing.scores_NE, routing.shape_BT, num_experts_per_tok, total)
+        balance = balance + loss * share
+    return balance
 
 
 def head_cross_entropy(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> Tensor:
