@@ -10,9 +10,11 @@ import pytest
 from fireflyer.checkpoint.hf import load_model
 from fireflyer.checkpoint.run_folder import read_metrics
 from fireflyer.data.arithmetic import format_problem, held_out_problems, worked_answer
+from fireflyer.demo.examination import Scoring
 from fireflyer.demo.receipt import receipt
-from fireflyer.demo.run import DemoSummary, Scoring, run_demo
+from fireflyer.demo.run import DemoSummary, run_demo
 from fireflyer.errors import Stopped, UserError
+from fireflyer.infer.sampling_params import SamplingParams
 from fireflyer.train.events import Event, Finished
 
 TINY = ("steps=6", "batch_size=4", "eval_every=0", "checkpoint_every=3", "model.hidden_size=32")
@@ -61,7 +63,7 @@ def test_a_perfect_model_scores_one_and_a_slip_is_seen(finished: tuple[Path, Dem
 
     class Scribe(run.LLM):
         def generate(self, prompts, sampling_params=None):
-            outputs = super().generate(prompts, run.SamplingParams(max_tokens=2, temperature=0))
+            outputs = super().generate(prompts, SamplingParams(max_tokens=2, temperature=0))
             for prompt, output in zip(prompts, outputs, strict=True):
                 a, op, b = int(prompt[:8]), prompt[8], int(prompt[9:17])
                 answer = worked_answer(a, op, b)

@@ -7,12 +7,13 @@ from pathlib import Path
 from fireflyer.config import load_config
 from fireflyer.cost import v3_run
 from fireflyer.cost.flops import training_flops_per_token
+from fireflyer.demo.bill import Bill
 from fireflyer.demo.run import DemoSummary
 
 
 def receipt(summary: DemoSummary, run_dir: Path) -> list[str]:
     """Plain lines, at most 80 characters wide but for the examples."""
-    return [*_learnt(summary), "", *_bill(summary), "", *_at_v3_size(), "", *_next(summary, run_dir)]
+    return [*_learnt(summary), "", *bill_lines(summary), "", *_at_v3_size(), "", *_next(summary, run_dir)]
 
 
 def _learnt(s: DemoSummary) -> list[str]:
@@ -27,7 +28,8 @@ def _learnt(s: DemoSummary) -> list[str]:
     return lines
 
 
-def _bill(s: DemoSummary) -> list[str]:
+def bill_lines(s: Bill) -> list[str]:
+    """What it took."""
     return [
         "Receipt",
         f"  {s.parameters:,} parameters, {s.tokens:,} tokens",
