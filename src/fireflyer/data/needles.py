@@ -33,8 +33,6 @@ _PARTS = (
 )
 _NAME = re.compile(r"builtin:needles-(\d+)")
 _NEEDLE_TOKENS = len("The secret number of Lisbon is".split()) + len(" 48213.")
-_QUESTIONS = 12
-"""At least, where they fit: with few needles the same ones are asked for again, so that every row has much to learn."""
 _SMALLEST = 64
 _HELD_OUT = 256
 
@@ -80,14 +78,12 @@ class NeedleSource:
         room = self.length - 2
         most = min(len(PLACES), room // (3 * _NEEDLE_TOKENS))
         drawn = iter(many_words(4 * len(PLACES) + room, self.seed, "needles", kind, number).tolist())
-        count = 1 + next(drawn) % most
-        questions = max(count, min(_QUESTIONS, 2 * most - count))
+        count = 1 + next(drawn) % most if next(drawn) & 1 else 1
         places = sorted(PLACES, key=lambda place: next(drawn))[:count]
         numbers = [SMALLEST_NUMBER + next(drawn) % NUMBERS for _ in places]
         needles = [NEEDLE.format(place=place, number=n) for place, n in zip(places, numbers, strict=True)]
         asked = sorted(needles, key=lambda needle: next(drawn))
-        asked += [needles[next(drawn) % count] for _ in range(questions - count)]
-        text = _haystack(needles, room - (count + questions) * _NEEDLE_TOKENS, drawn)
+        text = _haystack(needles, room - 2 * count * _NEEDLE_TOKENS, drawn)
         return Document(text + "".join(f"\n\n{needle}" for needle in asked), loss_from=len(text) + 2)
 
 
