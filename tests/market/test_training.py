@@ -60,7 +60,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(trained: Path, tmp_path: Path) -
         train_fold(PANEL, FOLD, recipe(), folder, should_stop=lambda: next(asked))
     train_fold(PANEL, FOLD, recipe(), folder)
     assert files(folder) == files(trained)
-    losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (folder, trained)]  # fmt: skip
+    losses = []
+    for run in (folder, trained):
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[0] == losses[1]
     assert len(losses[0]) == 4
 

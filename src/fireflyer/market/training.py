@@ -45,7 +45,7 @@ from fireflyer.model.routing import expert_counts, max_violation, update_gate_bi
 from fireflyer.train import events
 from fireflyer.train.average import update_average_
 from fireflyer.train.monitor import is_finite
-from fireflyer.train.optimizer import DecoderOptimizer, clip_gradients, load_optimizer_tensors, optimizer_tensors
+from fireflyer.train.optimizer import DecoderOptimizer, load_optimizer_tensors, optimizer_tensors
 from fireflyer.train.recipe import take_stored_choices
 from fireflyer.train.schedule import bias_speed, learning_rate, mtp_weight, run_steps
 from fireflyer.train.summary import peak_memory_bytes
@@ -156,7 +156,8 @@ class _Run:
         seen = self.step * bars
         part = self.lessons.part(self.network, self.step, mtp_weight(train, seen))
         part.loss.backward()
-        grad_norm = clip_gradients(self.network.parameters(), train.optimizer.grad_clip)
+        limit = train.optimizer.grad_clip or float("inf")
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
         values = {name: float(value.detach()) for name, value in part.values.items()}
         if not is_finite(*values.values(), grad_norm):
             raise UserError(
