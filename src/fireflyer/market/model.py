@@ -22,6 +22,7 @@ from fireflyer.checkpoint.run import sync
 from fireflyer.checkpoint.run_folder import RECIPE, writing
 from fireflyer.config.files import read_json
 from fireflyer.errors import UserError
+from fireflyer.market.features import Floats
 from fireflyer.market.network import BarNetwork, Forecast, forecast
 from fireflyer.market.panel import Panel
 from fireflyer.market.recipe import MarketRecipe, load_market_recipe
@@ -54,6 +55,10 @@ class MarketModel:
             raise UserError(f"{path}: no finished market model (no {HEADS}); train it: fireflyer market train")
         recipe, record = load_market_recipe(folder), read_record(folder)
         return cls(open_network(folder, recipe, record["inputs"]), recipe, record)
+
+    def scores(self, panel: Panel, first: int = 0) -> Floats:
+        """(D, N): the signal, see Forecast.signal."""
+        return self.forecast(panel, first).signal()
 
     def forecast(self, panel: Panel, first: int = 0) -> Forecast:
         """Forecasts of the sessions from row `first` on, see network.forecast. Raises UserError for another panel."""

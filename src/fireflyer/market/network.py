@@ -7,6 +7,7 @@ computed in tiles whose results don't depend on what is computed beside them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fireflyer.errors import UserError
-from fireflyer.market.features import TradedDays, bar_inputs, known_bars, log_returns, trailing_sigma
+from fireflyer.market.features import TradedDays, bar_inputs, cross_rank, known_bars, log_returns, trailing_sigma
 from fireflyer.market.front_end import BarFrontEnd, Packing, along_time, packing, read_bars
 from fireflyer.market.heads import QUANTILES, MarketHeads
 from fireflyer.market.panel import Panel
@@ -48,6 +49,29 @@ class Forecast:
     scores: NDArray[np.float64]
     quantiles: NDArray[np.float64]
     expert_load: NDArray[np.float64]
+
+    def signal(self) -> NDArray[np.float64]:
+        """(D, N): the mean of the ranks that the horizons' scores give a name among the day's. What lasts counts more
+        than what a single horizon sees."""
+        each = [self.scores[..., place] for place in range(len(self.horizons))]
+        return np.mean([cross_rank(own, np.isfinite(own)) for own in each], axis=0)
+
+
+def stitched(parts: list[tuple[Forecast, slice]], days: int) -> Forecast:
+    """One forecast of `days` sessions: of each part its rows; NaN elsewhere."""
+
+    def joined(pick: Callable[[Forecast], NDArray[np.float64]]) -> NDArray[np.float64]:
+        whole = np.full((days, *pick(parts[0][0]).shape[1:]), np.nan)
+        for part, rows in parts:
+            whole[rows] = pick(part)[rows]
+        return whole
+
+    return Forecast(
+        horizons=parts[0][0].horizons,
+        scores=joined(lambda part: part.scores),
+        quantiles=joined(lambda part: part.quantiles),
+        expert_load=joined(lambda part: part.expert_load),
+    )
 
 
 @torch.no_grad()

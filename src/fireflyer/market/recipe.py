@@ -33,7 +33,8 @@ class MarketSettings(Table):
     """[market]: what is forecast, from what, and the folds.
 
     front_end: "bars" reads continuous bars and forecasts; "tokens" reads returns as two-level tokens, for scenarios.
-    horizons: sessions ahead, from the fill at t+1; signal_horizon: the one whose scores are the signal.
+    horizons: sessions ahead, from the fill at t+1; all their scores make the signal (Forecast.signal).
+    signal_horizon: the one that the signal is judged by, and that the baselines learn.
     burn_in: sessions at a window's beginning that have no loss. square_weight, quantile_weight: of the mean square
     error and of the quantiles' pinball loss beside the rank loss. train_months, test_months, expanding, embargo: of the
     folds, see folds.py.
