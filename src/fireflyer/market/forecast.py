@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fireflyer.errors import UserError
-from fireflyer.market.features import Floats, forward_returns
+from fireflyer.market.features import forward_returns
 from fireflyer.market.heads import QUANTILES
 from fireflyer.market.network import Forecast
 from fireflyer.market.panel import Panel
+from fireflyer.market.statistics import overlap_error
 from fireflyer.market.tokens import Scenarios
 
 
@@ -124,16 +125,6 @@ def kupiec(failures: int, trials: int, probability: float) -> tuple[float, float
     ratio = 2 * (_log_likelihood(failures, trials, failures / trials) - _log_likelihood(failures, trials, probability))
     ratio = max(ratio, 0.0)
     return ratio, math.erfc(math.sqrt(ratio / 2))
-
-
-def overlap_error(daily: Floats, horizon: int) -> float:
-    """Standard error of the mean of a daily series whose values overlap for `horizon` days (Newey and West 1987)."""
-    centred = daily - daily.mean()
-    count = len(centred)
-    variance = float(centred @ centred) / count
-    for lag in range(1, min(horizon, count - 1) + 1):
-        variance += 2 * (1 - lag / (horizon + 1)) * float(centred[lag:] @ centred[:-lag]) / count
-    return math.sqrt(max(variance, 0.0) / count)
 
 
 def _log_likelihood(failures: int, trials: int, probability: float) -> float:
