@@ -87,6 +87,10 @@ class Study:
             parts.append((model.forecast(panel.slice(0, stop), start), slice(start, stop)))
         return stitched(parts, panel.shape[0])
 
+    def model_at(self, panel: Panel) -> MarketModel:
+        """The model for a panel's last session. Raises UserError where none had been trained by then."""
+        return self._spans(panel)[-1][0]
+
     def scores(self, panel: Panel) -> Floats:
         """(D, N): the signal, see Forecast.signal."""
         return self.forecast(panel).signal()
