@@ -1,0 +1,199 @@
+"""The rule book of mainland China's stocks and index futures, dated: what may be traded when, and what it costs.
+
+In: symbols and dates. Out: limits, lots, fees and contract terms as they were on that date. Prices are in yuan, money
+in fen (integers). Sources: the exchanges' trading rules (ChiNext's 20 % since 2020-08-24, STAR's own since 2019-07-22,
+BSE since 2021-11-15), the Ministry of Finance's notice 2023 no. 39 (stamp duty halved on 2023-08-28), CFFEX's contract
+tables. Not in it: listings' first days without a limit; ST shares, which no panel here marks; transfer fees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fireflyer.config.messages import shown
+from fireflyer.errors import UserError
+from fireflyer.market.panel import Dates, Floats
+
+Board = Literal["main", "chinext", "star", "bse"]
+BOARDS: tuple[Board, ...] = ("main", "chinext", "star", "bse")
+
+_PREFIXES: tuple[tuple[str, Board], ...] = (
+    ("688", "star"),
+    ("689", "star"),
+    ("300", "chinext"),
+    ("301", "chinext"),
+    ("60", "main"),
+    ("000", "main"),
+    ("001", "main"),
+    ("002", "main"),
+    ("003", "main"),
+    ("00", "main"),
+    ("8", "bse"),
+    ("4", "bse"),
+    ("92", "bse"),
+)
+
+_LIMITS: dict[Board, tuple[tuple[str, float], ...]] = {
+    "main": (("1996-12-16", 0.10),),
+    "chinext": (("2009-10-30", 0.10), ("2020-08-24", 0.20)),
+    "star": (("2019-07-22", 0.20),),
+    "bse": (("2021-11-15", 0.30),),
+}
+"""By board: from which date on, and the limit as a share of the reference price."""
+
+_STAMP_DUTY = (("2008-09-19", 10), ("2023-08-28", 5))
+"""On sales, in hundredths of a percent of the money."""
+
+LOT = 100
+STAR_LEAST = 200
+"""STAR takes orders of 200 shares at least, then share by share."""
+
+TICK = 0.01
+
+
+def board_of(symbol: str) -> Board:
+    """The board of "600000.XSHG". Raises UserError for a code of none."""
+    for prefix, board in _PREFIXES:
+        if symbol.startswith(prefix) and symbol[:6].isdigit():
+            return board
+    raise UserError(f"{shown(symbol)} is no code of an A-share: six digits and an exchange, as 600000.XSHG")
+
+
+def limit_shares(symbols: tuple[str, ...], dates: Dates) -> Floats:
+    """(D, N): the most that a price may move from its reference, as a share of it; NaN before a board had one."""
+    boards = np.array([BOARDS.index(board_of(symbol)) for symbol in symbols])
+    by_board = np.stack([_in_force(_LIMITS[board], dates) for board in BOARDS])
+    return by_board[boards].T
+
+
+def limit_prices(reference: Floats, share: Floats) -> tuple[Floats, Floats]:
+    """The lowest and the highest price of a day, to the fen. reference: the last close, adjusted for ex-rights."""
+    return np.round(reference * (1 - share) + 1e-9, 2), np.round(reference * (1 + share) + 1e-9, 2)
+
+
+def stamp_duty_bp(date: np.datetime64) -> float:
+    """Of the money of a sale."""
+    return float(_in_force(_STAMP_DUTY, np.array([date]))[0])
+
+
+def buyable(board: Board, shares: int) -> int:
+    """How many of so many shares one order may buy: whole lots, on STAR 200 or more."""
+    if board == "star":
+        return shares if shares >= STAR_LEAST else 0
+    return shares // LOT * LOT
+
+
+def sellable(board: Board, shares: int, held: int) -> int:
+    """How many of so many one order may sell of `held`: whole lots, or all that is left."""
+    if shares >= held:
+        return held
+    if board == "star":
+        return shares if shares >= STAR_LEAST else 0
+    return shares // LOT * LOT
+
+
+def _in_force(table: tuple[tuple[str, float], ...], dates: Dates) -> Floats:
+    starts = np.array([start for start, _ in table], "datetime64[D]")
+    values = np.array([np.nan, *(value for _, value in table)])
+    return values[np.searchsorted(starts, dates, side="right")]
+
+
+@dataclass(frozen=True)
+class Fees:
+    """commission_bp of the money and no less than minimum_fen, buying and selling; stamp duty as the date has it.
+
+    stamp_duty_bp: where given it holds on every date, to see what another regime would have cost.
+    """
+
+    commission_bp: float = 2.5
+    minimum_fen: int = 500
+    stamp_duty_bp: float | None = None
+
+    def of(self, money_fen: int, *, selling: bool, date: np.datetime64) -> int:
+        """Fen; of no money none."""
+        if money_fen <= 0:
+            return 0
+        commission = max(round_fen(money_fen * self.commission_bp / 10_000), self.minimum_fen)
+        if not selling:
+            return commission
+        duty = stamp_duty_bp(date) if self.stamp_duty_bp is None else self.stamp_duty_bp
+        return commission + round_fen(money_fen * duty / 10_000)
+
+
+def round_fen(amount: float) -> int:
+    """Half a fen upwards."""
+    return int(np.floor(amount + 0.5))
+
+
+# --- Index futures
+
+
+@dataclass(frozen=True)
+class Contract:
+    """CFFEX's terms. multiplier: yuan a point; margin of the contract's value; fees as shares of the money.
+
+    limit: of the previous settlement. Four contracts are listed: this month, the next, and two quarters' ends.
+    """
+
+    code: str
+    multiplier: int
+    tick: float
+    margin: float
+    limit: float
+    open_fee: float
+    close_fee: float
+    close_today_fee: float
+
+    def fee_yuan(self, points: float, count: int, *, closing: bool = False, today: bool = False) -> float:
+        """Of trading `count` contracts at so many points. today: they were opened on the same day."""
+        share = self.open_fee if not closing else self.close_today_fee if today else self.close_fee
+        return points * self.multiplier * count * share
+
+    def margin_fen(self, points: float, count: int) -> int:
+        """What holding so many contracts, long or short, ties up."""
+        return round_fen(points * self.multiplier * abs(count) * self.margin * 100)
+
+
+def _today(code: str, multiplier: int, margin: float) -> Contract:
+    return Contract(code, multiplier, 0.2, margin, 0.10, 0.253e-4, 0.253e-4, 2.53e-4)
+
+
+CONTRACTS = {
+    "IF": _today("IF", 300, 0.12),
+    "IH": _today("IH", 300, 0.12),
+    "IC": _today("IC", 200, 0.14),
+    "IM": _today("IM", 200, 0.15),
+}
+"""Terms of today; in 2017, after the restrictions of 2015, the margin was 40 %, and closing on the day took 23 bp."""
+
+IF_2017 = Contract("IF", 300, 0.2, 0.40, 0.10, 0.253e-4, 0.253e-4, 23e-4)
+
+
+def last_trading_day(month: str, sessions: Dates) -> np.datetime64:
+    """The third Friday of "2024-06", or the session after where that is none. UserError past the sessions' end."""
+    first = np.datetime64(month, "D") if len(month) > 7 else np.datetime64(f"{month}-01", "D")
+    friday = np.busday_offset(first, 2, roll="forward", weekmask="Fri")
+    place = int(np.searchsorted(sessions, friday))
+    if place == len(sessions):
+        raise UserError(f"the sessions end on {sessions[-1]}, before {month}'s contract does on {friday}")
+    return sessions[place]
+
+
+def listed_months(date: np.datetime64) -> list[str]:
+    """The four contracts of a date, by month: this and the next, and the next two of March, June, September, December.
+
+    On the day after the last trading day the month is over; the caller says so by giving the next month's first day.
+    """
+    month = date.astype("datetime64[M]")
+    near = [month, month + 1]
+    far = [m for m in (month + ahead for ahead in range(2, 12)) if m.astype(int) % 12 % 3 == 2][:2]
+    return [str(m) for m in (*near, *far)]
+
+
+def ticks(price: NDArray[np.float64] | float, contract: Contract) -> NDArray[np.float64] | float:
+    """The nearest price that may be quoted."""
+    return np.round(np.asarray(price) / contract.tick) * contract.tick
