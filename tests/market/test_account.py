@@ -118,7 +118,7 @@ def test_a_share_days_by_hand() -> None:
     panel = day("600000.XSHG", [10.0, 10.5, 10.2])
     fills, reasons, account = traded(panel, [(0, 2050), (1, -1000), (2, -1000)])
     assert reasons == []
-    # 2,000 shares: 20,000.00, commission 6.00; 1,000 for 10,500.00: 5.00 at least, duty 10.50; for 10,200.00: duty 5.10.
+    # Bought for 20,000.00: commission 6.00; sold for 10,500.00: 5.00 at least, duty 10.50; for 10,200.00: duty 5.10.
     assert [(f.shares, f.money_fen, f.fee_fen) for f in fills] == [
         (2000, 20_000_00, 6_00), (-1000, 10_500_00, 5_00 + 10_50), (-1000, 10_200_00, 5_00 + 5_10),
     ]  # fmt: skip
