@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -136,10 +137,13 @@ def _calibration(panel: Panel, args: argparse.Namespace) -> int:
 
     found = calibration(Study.load(args.run).forecast(panel), panel, slice(0, len(panel.dates)))
     if args.json:
-        print(json.dumps({"coverage": [asdict(coverage) for coverage in found]}))
+        rows = [asdict(row) for row in found]
+        for row in rows:  # JSON has no NaN
+            row["names_passing"] = None if math.isnan(row["names_passing"]) else row["names_passing"]
+        print(json.dumps({"coverage": rows}))
         return 0
     print("sessions  quantile  returns below it          names that pass Kupiec's test at 5 %")
     for row in found:
-        passing = "too few days" if row.names_passing != row.names_passing else f"{row.names_passing:.0%}"
+        passing = "too few days" if math.isnan(row.names_passing) else f"{row.names_passing:.0%}"
         print(f"{row.horizon:>8}{row.level:>10.0%}{row.share:>10.1%} ± {row.standard_error:.1%}{passing:>20}")
     return 0
