@@ -20,6 +20,7 @@ from fireflyer.market.features import (
     known_bars,
     log_returns,
     price_features,
+    price_limits,
     rolling,
     sessions_missed,
 )
@@ -192,3 +193,10 @@ def test_panels_without_prices_have_fewer_inputs() -> None:
     first = bar_inputs(CLOSES).values
     assert np.isfinite(first[known_bars(CLOSES)]).all()
     assert np.isnan(first[~known_bars(CLOSES)]).all()
+
+
+def test_what_is_no_a_share_has_no_limit() -> None:
+    foreign = replace(CLOSES, symbols=("AAPL", "510300.XSHG", *CLOSES.symbols[2:]))
+    limits = price_limits(foreign)
+    assert np.isinf(limits[:, :2]).all()
+    assert set(np.unique(limits[:, 2:])) == {0.1, 0.2}

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fireflyer.errors import UserError
 from fireflyer.market.panel import Panel
+from fireflyer.market.rules import board_of, limit_shares
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -147,12 +149,13 @@ def at_limit(panel: Panel) -> tuple[Mask, Mask]:
 
 
 def price_limits(panel: Panel) -> Floats:
-    """(D, N) the daily limit as a share of the last close: 20 % on STAR, on ChiNext since its reform, else 10 %."""
-    codes = [symbol[:3] for symbol in panel.symbols]
-    star = np.array([code in ("688", "689") for code in codes])
-    chinext = np.array([code in ("300", "301") for code in codes])
-    reformed = panel.dates >= np.datetime64("2020-08-24")
-    return np.where(star | (chinext & reformed[:, None]), 0.2, 0.1)
+    """(D, N) the rule book's daily limits, as shares of the last close; infinite for what is no A-share."""
+    limits = np.full(panel.shape, np.inf)
+    ours = [column for column, symbol in enumerate(panel.symbols) if _is_a_share(symbol)]
+    if ours:
+        found = limit_shares(tuple(panel.symbols[column] for column in ours), panel.dates)
+        limits[:, ours] = np.where(np.isfinite(found), found, np.inf)
+    return limits
 
 
 class TradedDays:
@@ -268,3 +271,11 @@ def _beta_and_rest(x: Floats, m: Floats, window: int) -> list[Floats]:
     beta = covariance / np.maximum(variance, SIGMA_FLOOR**2)
     rest = rolling_sum(x * x, window) / window - mean_x**2 - beta * covariance
     return [beta, np.sqrt(np.maximum(rest, 0.0))]
+
+
+def _is_a_share(symbol: str) -> bool:
+    try:
+        board_of(symbol)
+    except UserError:
+        return False
+    return True
