@@ -9,7 +9,7 @@ import pytest
 
 from fireflyer.errors import UserError
 from fireflyer.market.features import forward_returns
-from fireflyer.market.forecast import calibration, fan, kupiec, overlap_error, path_risk
+from fireflyer.market.forecast import calibration, fan, kupiec, path_risk
 from fireflyer.market.heads import QUANTILES
 from fireflyer.market.network import Forecast
 from fireflyer.market.synthetic import synthetic_panel
@@ -65,16 +65,6 @@ def test_kupiec_by_its_formula() -> None:
     assert kupiec(5, 100, 0.05)[1] == 1.0
     with pytest.raises(ValueError, match="can't be tested"):
         kupiec(5, 4, 0.05)
-
-
-def test_overlap_error_is_newey_wests() -> None:
-    x = np.random.default_rng(0).normal(size=200)
-    centred = x - x.mean()
-    autocovariance = [float(np.sum(centred[lag:] * centred[: 200 - lag])) / 200 for lag in range(4)]
-    variance = autocovariance[0] + 2 * sum((1 - lag / 4) * autocovariance[lag] for lag in (1, 2, 3))
-    assert overlap_error(x, 3) == pytest.approx(math.sqrt(variance / 200))
-    repeated = np.repeat(np.random.default_rng(1).normal(size=100), 5)
-    assert overlap_error(repeated, 5) > 1.7 * overlap_error(repeated, 0)
 
 
 def test_a_fan_is_in_simple_returns_and_a_missing_one_is_named() -> None:

@@ -25,6 +25,13 @@ PRESET = PRESETS / "market.toml"
 LONGEST_MONTH = 23
 """Sessions: scores of a month are read in one pass, with what is left of `seq_len` before it."""
 
+_HONOURED = frozenset(
+    {"seed", "steps", "tokens", "batch_size", "seq_len", "checkpoint_every", "keep_checkpoints", "threads", "log_every"}
+    | {"model", "optimizer", "schedule", "balance", "mtp", "ema"}
+)
+_GIVEN_AS = {"device": "cpu", "dtype": "fp32"}
+"""What a run's own recipe says."""
+
 Days = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -104,22 +111,15 @@ def load_market_recipe(path: str | Path | None = None, overrides: Sequence[str] 
 def _check_honoured(recipe: MarketRecipe, path: Path) -> None:
     """What a text run could do and this one doesn't is refused, not passed over."""
     train, market = recipe.train, recipe.market
-    wrong = {
-        "device": train.device not in ("auto", "cpu"),
-        "dtype": train.dtype not in ("auto", "fp32"),
-        "compile": train.compile,
-        "init_from": train.init_from is not None,
-        "parallel.micro_batch_size": train.parallel.micro_batch_size != 0,
-        "data.sources": bool(train.data.sources),
-        "eval_every": train.eval_every != 0,
-        "lora": train.lora is not None,
-        "dpo": train.dpo is not None,
-        "grpo": train.grpo is not None,
-        "schedule.batch_start": train.schedule.batch_start is not None,
-    }
-    for key, is_wrong in wrong.items():
-        if is_wrong:
-            raise UserError(f"{path}: {key} isn't for market models, which train in fp32 on the CPU; leave it out")
+    for key, field in Recipe.model_fields.items():
+        value, default = getattr(train, key), field.get_default(call_default_factory=True)
+        if value != default and key not in _HONOURED and value != _GIVEN_AS.get(key):
+            raise UserError(
+                f"{path}: {key} isn't for market models, which train in fp32 on the CPU, a step's names at once;"
+                " leave it out"
+            )
+    if train.schedule.batch_start is not None:
+        raise UserError(f"{path}: schedule.batch_start isn't for market models; leave it out")
     if train.seq_len < market.burn_in + LONGEST_MONTH:
         raise UserError(
             f"{path}: seq_len = {train.seq_len} is too short: a month of {LONGEST_MONTH} sessions after market.burn_in"

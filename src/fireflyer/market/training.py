@@ -133,7 +133,8 @@ class _Run:
         while self.step < self.total_steps:
             metrics = self.take_step()
             self.metrics.append(metrics.row())
-            self.on_event(events.StepDone(metrics, self.total_steps))
+            if self.step == self.total_steps or self.step % self.recipe.train.log_every == 0:
+                self.on_event(events.StepDone(metrics, self.total_steps))
             if self.step % self.recipe.train.checkpoint_every == 0:
                 self.save()
             if should_stop() and self.step < self.total_steps:
