@@ -1,4 +1,4 @@
-"""The hard demo from two seeds: held-out accuracy by kind, on numbers one digit longer than training's, and the bill."""
+"""The hard demo from two seeds: held-out accuracy by kind, on numbers one digit longer than trained, and the bill."""
 
 from __future__ import annotations
 

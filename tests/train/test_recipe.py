@@ -418,6 +418,9 @@ def test_a_rerun_may_change_length_and_cadences_and_nothing_else(file: Callable[
         "optimizer.weight_decay: 0.1 -> 0.2",
         "seed: 0 -> 1",
     ]
+    of_grpo = load_recipe(file(), ["grpo.group_size=4", "seed=1"])
+    assert recipe_differences(stored, of_grpo) == ["[grpo]: not given -> given", "seed: 0 -> 1"]
+    assert recipe_differences(of_grpo, stored) == ["[grpo]: given -> not given", "seed: 1 -> 0"]
 
 
 def test_what_the_run_chose_is_taken_and_not_chosen_anew(file: Callable[..., Path]) -> None:

@@ -62,7 +62,7 @@ def check_problems(environment: Environment, prompts: PromptForm, held_out: int,
     if count is not None and count <= held_out:
         raise UserError(
             f"{environment.name}: {count} problems, of which evaluation holds out {table}.held_out = {held_out}; none"
-            " is left to train on"
+            " is left to train on: lower it, or give more"
         )
     for number in range(held_out + _LOOKED_AT if count is None else count):
         problem = environment.problem(number)

@@ -131,13 +131,18 @@ def take_stored_choices(recipe: Recipe, stored: Recipe) -> Recipe:
 
 def recipe_differences(stored: Recipe, recipe: Recipe) -> list[str]:
     """What makes `recipe` another run than `stored`, as "key: old -> new" lines; empty where it may go on."""
-    old = dict(leaves(as_tables(stored)))
-    new = dict(leaves(as_tables(take_stored_choices(recipe, stored))))
+    before, after = as_tables(stored), as_tables(take_stored_choices(recipe, stored))
     lines = []
+    for name in sorted(before.keys() ^ after.keys()):  # a whole table is one difference, not one for each of its keys
+        if isinstance(table := before.get(name, after.get(name)), dict) and table:
+            lines.append(f"[{name}]: " + ("given -> not given" if name in before else "not given -> given"))
+            before.pop(name, None)
+            after.pop(name, None)
+    old, new = dict(leaves(before)), dict(leaves(after))
     for key in sorted(old.keys() | new.keys()):
         if key not in MAY_CHANGE and old.get(key) != new.get(key):
-            before, after = (shown(side[key]) if key in side else "not set" for side in (old, new))
-            lines.append(f"{key}: {before} -> {after}")
+            was, now = (shown(side[key]) if key in side else "not set" for side in (old, new))
+            lines.append(f"{key}: {was} -> {now}")
     return lines
 
 
