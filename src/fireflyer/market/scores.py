@@ -30,7 +30,7 @@ def write_scores(path: str | Path, panel: Panel, scores: Floats) -> int:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".parquet":
-            pyarrow, parquet = _pyarrow()
+            pyarrow, parquet = pyarrow_modules()
             parquet.write_table(pyarrow.table(dict(zip(COLUMNS, (dates, symbols, values), strict=True))), path)
         else:
             with path.open("w", encoding="utf-8", newline="") as file:
@@ -72,7 +72,7 @@ def read_scores(path: str | Path, panel: Panel) -> Floats:
 def _lines(path: Path) -> list[tuple[str, str, str]]:
     try:
         if path.suffix == ".parquet":
-            _, parquet = _pyarrow()
+            _, parquet = pyarrow_modules()
             table = parquet.read_table(path)
             found = table.column_names
             rows = list(zip(*(table[name].to_pylist() for name in COLUMNS), strict=True)) if _whole(found) else []
@@ -92,7 +92,7 @@ def _whole(found: list[str]) -> bool:
     return all(name in found for name in COLUMNS)
 
 
-def _pyarrow():
+def pyarrow_modules():
     try:
         import pyarrow
         from pyarrow import parquet
