@@ -105,9 +105,10 @@ def recognised(columns: Sequence[str], source: str) -> Form:
             if form.columns["close"] not in columns:
                 raise UserError(f"{source}: no column {form.columns['close']!r}; {form.name} frames have one")
             return form
+    vendors = ", ".join(form.name for form in FORMS[1:])
     raise UserError(
         f"{source}: its columns are {', '.join(map(str, columns)) or 'none'}; bars have date, symbol, close (open,"
-        f" high, low, volume, amount, factor too where known), or a vendor's: {', '.join(form.name for form in FORMS[1:])}"
+        f" high, low, volume, amount, factor too where known), or a vendor's: {vendors}"
     )
 
 
