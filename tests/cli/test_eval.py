@@ -118,7 +118,7 @@ def test_the_needle_s_map_lies_in_the_folder(tiny_checkpoint, here, capsys):
     results = evaluate(capsys, tiny_checkpoint, "--tasks", "needle", "--lengths", "200,300", "--max-tokens", 3)
     assert len(results["tasks"]["needle"]["map"]) == 10
     assert (here / results["out"] / "needle.svg").read_text().startswith("<svg")
-    assert all("secret number" in record["prompt"] for record in records(results, "needle"))
+    assert all("secret words" in record["prompt"] for record in records(results, "needle"))
 
 
 def test_stopped_and_gone_on_with(tiny_checkpoint, here, capsys, monkeypatch):

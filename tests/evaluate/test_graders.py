@@ -28,8 +28,10 @@ def verdicts(grader, problem, *texts):
 
 
 def test_plain_graders(graders):
-    exact, number, choice = (graders.get(name) for name in ("exact", "number", "choice"))
+    exact, contains, number, choice = (graders.get(name) for name in ("exact", "contains", "number", "choice"))
     assert verdicts(exact, {"answer": "blue"}, " blue\n", "It is\nblue", "blue sky") == [True, True, False]
+    found = ("They are Amber\nFalcon.", "amber falcon", "amber, falcon!", "falcon amber", "amber falcons", "amber", "")
+    assert verdicts(contains, {"answer": "amber falcon"}, *found) == [True, True, True, False, False, False, False]
     assert verdicts(number, {"answer": "#### 1,000"}, "1000.0", "so 999", "none", "<think>1000") == [
         True,
         False,

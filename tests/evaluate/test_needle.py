@@ -21,14 +21,14 @@ def test_depth_and_length(tokenizer, way):
     items = needle_items(tokenizer, way, [400, 900], None, seed=0)
     assert len(items) == 10
     for item in items:
-        needle = f"is {item.problem['answer']}."
+        needle = f"are {item.problem['answer']}."
         assert item.question.count(needle) == 1
         before, _, after = item.question.partition(needle)
         body = len(item.question) - len(item.question.rpartition("\n\n")[2])
         assert len(before) / body == pytest.approx(item.problem["depth"], abs=0.25)
         used = len(tokenizer.encode(item.question))
         assert item.problem["length"] - 80 < used < item.problem["length"]
-        assert "secret number" in after
+        assert "secret words" in after
     assert len({item.problem["answer"] for item in items}) == 10
     assert needle_items(tokenizer, way, [400, 900], None, seed=0) == items
 

@@ -1,9 +1,12 @@
-"""builtin:needles-N: numbers hidden in a text that says nothing, and asked for at its end; documents of N tokens.
+"""builtin:needles-N: words hidden in a text that says nothing, and asked for at its end; documents of N tokens.
 
-Out: sentences, among them `The secret number of Lisbon is 48213.` for several places; then, after an empty line each,
-the same sentences again in another order: the questions with their answers, and all that is trained on. To write the
-digits a model has to find them again, at any distance that N leaves room for. In a tokenizer trained on this text every
-word and every digit is one token, so that a row of N tokens holds one document.
+Out: sentences, among them `The secret words of Lisbon are amber falcon.` for one place or several; then, after an empty
+line each, the same sentences again in another order: the questions with their answers, and all that is trained on. To
+write the words a model has to find them again, at any distance that N leaves room for. In a tokenizer trained on this
+text every word is one token, so that a row of N tokens holds one document.
+
+Words and not a number: its digits would ask for copying in order as well, which takes small models much longer to learn
+than finding.
 """
 
 from __future__ import annotations
@@ -21,9 +24,20 @@ PLACES = (
     *("Osaka", "Porto", "Prague", "Quito", "Riga", "Rome", "Seoul", "Sofia", "Taipei", "Tokyo", "Tromsø", "Tunis"),
     *("Utrecht", "Valencia", "Vienna", "Warsaw"),
 )
-NEEDLE = "The secret number of {place} is {number}."
-QUESTION = "\n\nThe secret number of {place} is"
-SMALLEST_NUMBER, NUMBERS = 10_000, 90_000
+FIRST_WORDS = (
+    *("amber", "ashen", "azure", "beige", "black", "blue", "bronze", "brown", "coral", "crimson", "cyan", "ebony"),
+    *("emerald", "golden", "green", "grey", "indigo", "ivory", "jade", "lilac", "maroon", "mauve", "olive", "orange"),
+    *("pale", "pink", "plum", "purple", "red", "ruby", "rust", "scarlet", "silver", "tan", "teal", "umber"),
+    *("violet", "white", "yellow", "bright"),
+)
+SECOND_WORDS = (
+    *("badger", "bear", "beaver", "bison", "camel", "cobra", "crane", "crow", "deer", "dolphin", "eagle", "falcon"),
+    *("ferret", "finch", "fox", "gecko", "goose", "hare", "heron", "horse", "ibis", "jackal", "koala", "lemur"),
+    *("lion", "lynx", "marten", "mole", "moose", "newt", "otter", "owl", "panda", "puma", "raven", "seal"),
+    *("shark", "stork", "tiger", "wolf"),
+)
+NEEDLE = "The secret words of {place} are {words}."
+QUESTION = "\n\nThe secret words of {place} are"
 
 _PARTS = (
     ("The gardener", "A neighbour", "The old teacher", "My cousin", "The ferryman", "Her brother", "A traveller"),
@@ -32,7 +46,7 @@ _PARTS = (
     ("in the morning", "before dinner", "without haste", "as the rain began", "on the way home", "late in autumn"),
 )
 _NAME = re.compile(r"builtin:needles-(\d+)")
-_NEEDLE_TOKENS = len("The secret number of Lisbon is".split()) + len(" 48213.")
+_NEEDLE_TOKENS = len("The secret words of Lisbon are amber falcon .".split())
 _SMALLEST = 64
 _HELD_OUT = 256
 
@@ -44,6 +58,12 @@ def sentence(drawn: int) -> str:
         drawn, which = divmod(drawn, len(part))
         chosen.append(part[which])
     return " ".join(chosen) + "."
+
+
+def secret_words(drawn: int) -> str:
+    """A colour and an animal, by a random word: each one token, and never two of the same kind."""
+    drawn, first = divmod(drawn, len(FIRST_WORDS))
+    return f"{FIRST_WORDS[first]} {SECOND_WORDS[drawn % len(SECOND_WORDS)]}"
 
 
 class NeedleSource:
@@ -80,8 +100,7 @@ class NeedleSource:
         drawn = iter(many_words(4 * len(PLACES) + room, self.seed, "needles", kind, number).tolist())
         count = 1 + next(drawn) % most if next(drawn) & 1 else 1
         places = sorted(PLACES, key=lambda place: next(drawn))[:count]
-        numbers = [SMALLEST_NUMBER + next(drawn) % NUMBERS for _ in places]
-        needles = [NEEDLE.format(place=place, number=n) for place, n in zip(places, numbers, strict=True)]
+        needles = [NEEDLE.format(place=place, words=secret_words(next(drawn))) for place in places]
         asked = sorted(needles, key=lambda needle: next(drawn))
         text = _haystack(needles, room - 2 * count * _NEEDLE_TOKENS, drawn)
         return Document(text + "".join(f"\n\n{needle}" for needle in asked), loss_from=len(text) + 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,18 @@ class ExactMatch(_Plain):
     def _compare(self, expected: str, answer: str) -> Grade:
         line = last_line(answer)
         return _verdict(expected.strip() in (answer.strip(), line), "", line)
+
+
+class ContainedMatch(_Plain):
+    """The expected words stand in the answer, one after the other, in capitals or not."""
+
+    name = "contains"
+
+    def _compare(self, expected: str, answer: str) -> Grade:
+        wanted, found = (re.findall(r"\w+", text.lower()) for text in (expected, answer))
+        places = range(len(found) - len(wanted) + 1)
+        inside = any(found[place : place + len(wanted)] == wanted for place in places)
+        return _verdict(inside, "", last_line(answer))
 
 
 class NumberMatch(_Plain):
@@ -211,7 +224,7 @@ class FileGrader(_OneJobEach):
         return Grade(reward, None if 0.0 < reward < 1.0 else reward == 1.0, answer=last_line(answer))
 
 
-NAMES = ("exact", "number", "choice", "math", "code")
+NAMES = ("exact", "contains", "number", "choice", "math", "code")
 
 
 def open_grader(name: str, limits: Limits | None = None, workers: int | None = None) -> Grader:
@@ -222,7 +235,7 @@ def open_grader(name: str, limits: Limits | None = None, workers: int | None = N
         return MathMatch(limits, workers)
     if name == "code":
         return CodeTests(limits, workers)
-    for plain in (ExactMatch, NumberMatch, ChoiceMatch):
+    for plain in (ExactMatch, ContainedMatch, NumberMatch, ChoiceMatch):
         if plain.name == name:
             return plain()
     close = get_close_matches(name, NAMES, n=1)

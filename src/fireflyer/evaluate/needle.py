@@ -1,4 +1,4 @@
-"""A needle in a haystack: one sentence with a number, hidden at a depth of a long text, is asked for (report, 4.3).
+"""A needle in a haystack: one sentence with two words, hidden at a depth of a long text, is asked for (report, 4.3).
 
 In: lengths in tokens, depths as shares, a text to hide it in (by default sentences made here, which say nothing). Out:
 `Item`s, a cell of the map each, and the map as SVG.
@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fireflyer.data.needles import NEEDLE, NUMBERS, PLACES, QUESTION, SMALLEST_NUMBER, sentence
+from fireflyer.data.needles import NEEDLE, PLACES, QUESTION, secret_words, sentence
 from fireflyer.errors import UserError
 from fireflyer.evaluate.problems import Item
 from fireflyer.text.tokenizer import Tokenizer
@@ -21,7 +21,7 @@ from fireflyer.text.tokenizer import Tokenizer
 DEPTHS = 5
 _ASKED = {
     "plain": QUESTION,
-    "chat": "\n\nWhat is the secret number of {place}? Answer with the number alone.",
+    "chat": "\n\nWhat are the secret words of {place}? Answer with the two words alone.",
 }
 
 
@@ -41,8 +41,8 @@ def needle_items(
     items = []
     for length, step, number in product(lengths, range(depths), range(each)):
         draw = random.Random(f"{seed} {length} {step} {number}")
-        place, secret = draw.choice(PLACES), str(draw.randrange(SMALLEST_NUMBER, SMALLEST_NUMBER + NUMBERS))
-        needle = NEEDLE.format(place=place, number=secret)
+        place, secret = draw.choice(PLACES), secret_words(draw.getrandbits(32))
+        needle = NEEDLE.format(place=place, words=secret)
         asked = _ASKED[way].format(place=place)
         room = length - len(tokenizer.encode(needle + asked)) - 16  # the template's own marks
         sentences = _sentences(tokenizer, room, haystack, draw)

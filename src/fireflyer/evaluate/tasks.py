@@ -144,8 +144,8 @@ TASKS = {
         Task(
             "needle",
             "generate",
-            "a number hidden in a long text, at --lengths; --data: another text to hide it in",
-            grader="number",
+            "two words hidden in a long text, at --lengths; --data: another text to hide them in",
+            grader="contains",
             stop=(".", "\n"),
             sampling=Sampling(max_tokens=32),
         ),
