@@ -1,4 +1,4 @@
-"""The two exceptions a user meets: a mistake of theirs, told in one line; a run that stopped and saved itself."""
+"""The exceptions a user meets, each told in one line: a mistake of theirs; a run that stopped; a rank that is gone."""
 
 
 class UserError(ValueError):
@@ -11,3 +11,7 @@ class UserError(ValueError):
 
 class Stopped(Exception):
     """A run was asked to stop and saved itself; the same command goes on from there (exit code 75)."""
+
+
+class RankLost(Exception):
+    """Another rank of the run ended, or stopped answering: this one can't go on (exit code 1)."""

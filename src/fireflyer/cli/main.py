@@ -36,7 +36,8 @@ from fireflyer.cli import (
     serve,
     sft,
 )
-from fireflyer.errors import Stopped, UserError
+from fireflyer.errors import RankLost, Stopped, UserError
+from fireflyer.parallel.started import is_first_rank, world_size
 
 VERBS = {
     "demo": demo,
@@ -58,6 +59,10 @@ VERBS = {
     "plan": plan,
     "fleet": fleet,
 }
+
+
+SHARED_OUT = ("pretrain", "extend", "sft")
+"""Verbs whose work several ranks can share, as `fireflyer launch` or torchrun starts them."""
 
 
 class _Answered(Exception):
@@ -89,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` without the program's name, sys.argv's by default. Returns the exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" and goes on
+    if not is_first_rank():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  the first rank speaks for all
     _shorten_spinning()
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
@@ -98,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(str(error), 2)
     except Stopped as stop:
         return _say(str(stop) or "stopped and saved; the same command goes on from there", 75)
+    except RankLost as error:
+        return _say(str(error), 1)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except BrokenPipeError:
@@ -132,6 +141,8 @@ def _run(argv: Sequence[str]) -> int:
         return 0
     if unknown:
         subparsers.choices[args.verb].refuse(unknown[0])
+    if world_size() > 1 and args.verb not in SHARED_OUT:
+        raise UserError(f"fireflyer {args.verb} runs in one process; ranks can share {', '.join(SHARED_OUT)}")
     return VERBS[args.verb].run(args)
 
 
@@ -147,5 +158,6 @@ def _shorten_spinning() -> None:
 
 def _say(message: str, code: int) -> int:
     line = " ".join(message.splitlines())
-    print(f"fireflyer: {line}", file=sys.stderr)
+    if is_first_rank():  # what stops one rank of several is told to all of them
+        print(f"fireflyer: {line}", file=sys.stderr)
     return code

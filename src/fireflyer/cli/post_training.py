@@ -53,11 +53,14 @@ def add_run_arguments(parser: argparse.ArgumentParser, preset: str, example: str
 
 def run_post_training(args: argparse.Namespace, preset: str, opener: InputsOpener) -> int:
     """Train, or go on. Raises UserError."""
+    from fireflyer.parallel.started import together
     from fireflyer.train.recipe import load_recipe
 
     if args.init_from is None:
         raise UserError(f"no model to begin from: fireflyer {preset} --from CHECKPOINT --data FILE --run DIR")
-    recipe = load_recipe(args.recipe, args.overrides, sources=args.data, init_from=args.init_from, base=preset)
+    recipe = together(
+        lambda: load_recipe(args.recipe, args.overrides, sources=args.data, init_from=args.init_from, base=preset)
+    )
     if args.dry_run:
         from fireflyer.cli.dry_run import describe, plan
 
@@ -73,17 +76,19 @@ def run_post_training(args: argparse.Namespace, preset: str, opener: InputsOpene
     return 0
 
 
-def train_shown(recipe: Recipe, run_dir: str, opener: InputsOpener, json_on_stdout: bool) -> Summary:
-    """`train` with its progress drawn; Ctrl-C and SIGTERM stop and save."""
+def train_shown(recipe: Recipe, run_dir: str, opener: InputsOpener | None, json_on_stdout: bool) -> Summary:
+    """`train` with its progress drawn, by the first rank of several; Ctrl-C and SIGTERM stop and save."""
     from fireflyer.cli.progress import Progress
     from fireflyer.cli.signals import StopSignals
 
     with StopSignals() as stop, Progress(sys.stderr if json_on_stdout else sys.stdout) as progress:
+        from fireflyer.parallel.started import is_first_rank
         from fireflyer.train.events import Event
         from fireflyer.train.loop import train
 
         def on_event(event: Event) -> None:
             stop.on_event(event)
-            progress.on_event(event)
+            if is_first_rank():
+                progress.on_event(event)
 
         return train(recipe, run_dir, opener=opener, on_event=on_event, should_stop=stop.requested)

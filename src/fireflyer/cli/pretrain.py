@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fireflyer.errors import UserError
-
-if TYPE_CHECKING:
-    from fireflyer.train.settings import Recipe
-    from fireflyer.train.summary import Summary
 
 
 def add_parser(subparsers: Any) -> None:
@@ -66,16 +61,20 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from fireflyer.cli.post_training import train_shown
+    from fireflyer.parallel.started import together
     from fireflyer.train.recipe import load_recipe
 
-    recipe = load_recipe(
-        args.recipe,
-        args.overrides,
-        sources=args.data,
-        tokenizer=args.tokenizer,
-        init_from=args.init_from,
-        encoding_errors=args.encoding_errors,
-        size=args.size,
+    recipe = together(
+        lambda: load_recipe(
+            args.recipe,
+            args.overrides,
+            sources=args.data,
+            tokenizer=args.tokenizer,
+            init_from=args.init_from,
+            encoding_errors=args.encoding_errors,
+            size=args.size,
+        )
     )
     if args.dry_run:
         from fireflyer.cli.dry_run import describe, plan
@@ -86,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if not recipe.data.sources:
         raise UserError("no data: give --data PATH (files or folders of text), or --data builtin:stdlib to try it")
     run_dir = args.run or _default_run(args.recipe or args.init_from, args.size)
-    summary = _train(recipe, run_dir, args.json)
+    summary = train_shown(recipe, run_dir, None, args.json)
     if args.json:
         from dataclasses import asdict
 
@@ -103,18 +102,3 @@ def _default_run(config: str | None, size: str | None) -> str:
     path = Path(config or DEFAULT_RECIPE).resolve()
     name = path.stem if path.suffix in (".toml", ".json") else path.name
     return str(Path("runs") / (name if size is None else f"{name}-{size}"))
-
-
-def _train(recipe: Recipe, run_dir: str, json_on_stdout: bool) -> Summary:
-    from fireflyer.cli.progress import Progress
-    from fireflyer.cli.signals import StopSignals
-
-    stream = sys.stderr if json_on_stdout else sys.stdout
-    with StopSignals() as stop, Progress(stream) as progress:
-        from fireflyer.train.loop import train
-
-        def on_event(event: Any) -> None:
-            stop.on_event(event)
-            progress.on_event(event)
-
-        return train(recipe, run_dir, on_event=on_event, should_stop=stop.requested)

@@ -100,6 +100,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         num, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.num_experts = num
         self.gate_up_proj = nn.Parameter(torch.empty(num, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(num, hidden, width))
 
@@ -113,13 +114,12 @@ class Experts(nn.Module):
 
     def sorted_by_expert(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """The way for many tokens, and for gradients: two matrix products for all experts."""
-        num_experts = self.gate_up_proj.shape[0]
         order_M = indices_NK.flatten().argsort(stable=True)
         place_NK = torch.empty_like(order_M)
         place_NK[order_M] = torch.arange(order_M.numel(), device=order_M.device)
         place_NK = place_NK.view(indices_NK.shape)
         token_of_M = order_M // indices_NK.shape[1]
-        ends_E = expert_counts(indices_NK, num_experts).cumsum(0).to(torch.int32)
+        ends_E = expert_counts(indices_NK, self.num_experts).cumsum(0).to(torch.int32)
         weight_M = weights_NK.flatten().gather(0, order_M)
         y_MD = self.feed_forward(_Dispatch.apply(x_ND, token_of_M, place_NK), weight_M, ends_E)
         return _Combine.apply(y_MD, token_of_M, place_NK)

@@ -3,6 +3,9 @@
 A step: the global batch in micro-batches (their losses add up to the batch's), gradients clipped together, the
 optimizer, then the gate biases by the whole batch's expert counts (report 2.1.2), the average, and a line of metrics.
 On a CPU the same recipe and threads give the same bits, however often the run was interrupted.
+
+Of several ranks each does its share of every batch; what they have to agree on goes through `RunState.ranks`
+(parallel/ranks.py), which for a process alone does nothing. The first rank alone writes.
 """
 
 from __future__ import annotations
@@ -10,42 +13,54 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fireflyer.checkpoint.run_folder import EXPERTS, SAMPLES, MetricsLog, RunLock, read_metrics, writing
-from fireflyer.checkpoint.writer import CheckpointWriter
+from fireflyer.checkpoint.run import discard_newer
+from fireflyer.checkpoint.run_folder import RunLock, read_metrics, writing
 from fireflyer.cost.flops import mtp_training_flops_per_token, training_flops_per_token
 from fireflyer.cost.parameters import count_parameters
-from fireflyer.errors import Stopped, UserError
+from fireflyer.errors import RankLost, Stopped, UserError
 from fireflyer.model.decoder import compile_trunk
 from fireflyer.model.routing import expert_counts, max_violation, update_gate_bias_
+from fireflyer.parallel.ranks import Alone, Ranks, lost
 from fireflyer.train import events
 from fireflyer.train.average import update_average_
 from fireflyer.train.events import Event, StepMetrics
-from fireflyer.train.monitor import LossMonitor, first_non_finite, is_finite, largest_gradient, save_failure
+from fireflyer.train.monitor import (
+    LossMonitor,
+    first_non_finite,
+    is_finite,
+    largest_gradient,
+    non_finite_weights,
+    save_failure,
+)
 from fireflyer.train.objective import Evaluation
 from fireflyer.train.optimizer import clip_gradients
+from fireflyer.train.run_files import RunFiles
 from fireflyer.train.schedule import batch_size_at, bias_speed, learning_rate, run_steps, run_tokens
 from fireflyer.train.settings import Recipe
 from fireflyer.train.setup import (
     Inputs,
     InputsOpener,
     RunState,
+    check_agreement,
     check_folder,
+    join_ranks,
     lay_out,
     open_inputs,
     open_state,
-    recipe_sha256,
 )
 from fireflyer.train.snapshot import take_snapshot
 from fireflyer.train.summary import RECENT_STEPS, Summary, finished_summary, peak_memory_bytes, write_summary
+
+T = TypeVar("T")
 
 EXPERT_ROWS = 200
 """How often, in a whole run, the load of every expert is written down."""
@@ -72,18 +87,55 @@ def train(
         Stopped: saved; the same call goes on.
     """
     run_dir = Path(run_dir)
-    stored = check_folder(recipe, run_dir)
+    recipe, ranks = join_ranks(recipe)
+    try:
+        return _train(recipe, run_dir, ranks, opener or open_inputs, on_event, should_stop)
+    except RuntimeError as error:
+        if isinstance(ranks, Alone) or not lost(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise RankLost(
+            f"{run_dir}: another rank is gone ({reason}); the same command goes on from the last save"
+        ) from error
+    finally:
+        ranks.close()
+
+
+def _train(
+    recipe: Recipe,
+    run_dir: Path,
+    ranks: Ranks,
+    opener: InputsOpener,
+    on_event: Callable[[Event], None],
+    should_stop: Callable[[], bool],
+) -> Summary:
+    stored = ranks.each(lambda: check_folder(recipe, run_dir))
     if stored is not None and (summary := finished_summary(run_dir, recipe)) is not None:
         on_event(events.Finished(run_dir, summary.step, already=True))
         return summary
-    inputs = (opener or open_inputs)(recipe, run_dir, stored, on_event)
-    with writing(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-    with RunLock(run_dir), use_threads(inputs.recipe.threads):
+    inputs = ranks.each(lambda: opener(recipe, run_dir, stored, on_event))
+    if inputs.alone and not isinstance(ranks, Alone):
+        raise UserError("this kind of training runs in one process as yet; leave the launcher out")
+
+    def take_lock() -> RunLock:
+        with writing(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+        return RunLock(run_dir)
+
+    def begin() -> None:
         check_folder(recipe, run_dir)  # again, since another process may have begun a run meanwhile
         lay_out(inputs, run_dir)
-        trainer = Trainer(inputs, open_state(inputs, run_dir, on_event), run_dir, on_event)
-        return trainer.run(recipe, should_stop)
+
+    with ExitStack() as stack:
+        stack.enter_context(use_threads(inputs.recipe.threads))
+        lock = ranks.on_first(take_lock)
+        if lock is not None:
+            stack.enter_context(lock)
+        ranks.on_first(begin)
+        state = ranks.each(lambda: open_state(inputs, run_dir, on_event, ranks))
+        check_agreement(inputs, state, run_dir)
+        ranks.on_first(lambda: discard_newer(run_dir, state.step))
+        return Trainer(inputs, state, run_dir, on_event).run(recipe, should_stop)
 
 
 @dataclass
@@ -97,25 +149,21 @@ class BatchResult:
 
 
 class Trainer:
-    """One run in progress: `state` and where it is written."""
+    """One run in progress: `state` and where it is written. With several ranks, every rank calls every method."""
 
     def __init__(self, inputs: Inputs, state: RunState, run_dir: Path, on_event: Callable[[Event], None]) -> None:
         self.recipe = inputs.recipe
         self.state = state
         self.run_dir = run_dir
         self.on_event = on_event
+        self.ranks = state.ranks
         self.total_steps = run_steps(self.recipe)
         self.parameters = list(state.model.parameters())
         self.trunk = compile_trunk(state.model) if self.recipe.compile else state.model.trunk
-        self.metrics = MetricsLog(run_dir, resume_step=state.step)
-        self.experts = MetricsLog(run_dir, resume_step=state.step, name=EXPERTS)
-        self.samples = MetricsLog(run_dir, resume_step=state.step, name=SAMPLES)
-        history = read_metrics(run_dir)
+        self.files = self.ranks.on_first(lambda: RunFiles(run_dir, self.recipe, state.step))
+        history = self.ranks.from_first(read_metrics(run_dir) if self.files is not None else [])
         self.recent = deque(history, maxlen=RECENT_STEPS)
         self.monitor = LossMonitor(state.model.config.vocab_size, (row["loss"] for row in history))
-        self.writer = CheckpointWriter(
-            run_dir, keep=self.recipe.keep_checkpoints, recipe_sha256=recipe_sha256(self.recipe)
-        )
         self.saved_step = state.step
         self._counts: dict[int, Tensor] = {}
         self._began = time.perf_counter() - state.train_s
@@ -126,17 +174,17 @@ class Trainer:
         try:
             while self.state.step < self.total_steps:
                 self._step_with_bookkeeping()
-                if should_stop() and self.state.step < self.total_steps:
+                if self.ranks.any(should_stop()) and self.state.step < self.total_steps:
                     self.save()
-                    self._finish_saving()
+                    self._tell_saved(wait=True)
                     raise Stopped(
                         f"{self.run_dir}: stopped and saved at step {self.state.step} of {self.total_steps};"
                         " the same command goes on"
                     )
             self.save()
-            self._finish_saving()
+            self._tell_saved(wait=True)
             summary = self._summary(asked)
-            write_summary(self.run_dir, summary)
+            self.ranks.on_first(lambda: write_summary(self.run_dir, summary))
             base = self.recipe.init_from if self.recipe.lora is not None else None
             self.on_event(events.Finished(self.run_dir, self.state.step, already=False, adapts=base))
             return summary
@@ -152,7 +200,7 @@ class Trainer:
         batch = state.objective.next_batch(batch_size_at(recipe, state.tokens))
         rows, tokens = state.objective.size(batch)
         result = self.forward_backward(batch)
-        grad_norm = clip_gradients(self.parameters, recipe.optimizer.grad_clip)
+        grad_norm = clip_gradients(self.parameters, recipe.optimizer.grad_clip, self.ranks)
         self._check(batch, result, grad_norm)
         state.optimizer.step(lr)
         state.optimizer.zero_grad()
@@ -161,7 +209,7 @@ class Trainer:
                 update_gate_bias_(bias, result.counts[layer_index], speed)
         self._counts = result.counts
         if recipe.ema.decay:
-            update_average_(state.average, state.model, recipe.ema.decay)
+            update_average_(state.average, state.model, recipe.ema.decay, self.ranks)
         state.step += 1
         state.tokens += tokens
         state.train_s = time.perf_counter() - self._began
@@ -180,24 +228,26 @@ class Trainer:
         )
 
     def forward_backward(self, batch: Any) -> BatchResult:
-        """Accumulate the gradients of one global batch, part by part."""
-        model, objective = self.state.model, self.state.objective
+        """Accumulate the gradients of one global batch, part by part; what it came to is the whole batch's."""
+        model, objective, ranks = self.state.model, self.state.objective, self.ranks
         sums: dict[str, Tensor] = {}
         counts: dict[int, Tensor] = {}
         for part in objective.parts(batch, self.trunk, self.state.tokens):
+            ranks.before_backward(model, part.last)
             part.loss.backward()
             for name, value in part.values.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().to("cpu", torch.float64)
             for routing in part.routing:
                 chosen = expert_counts(routing.indices_NK, model.config.n_routed_experts)
                 counts[routing.layer_index] = counts.get(routing.layer_index, torch.zeros_like(chosen)) + chosen
-        values = objective.metrics(batch, {name: float(value) for name, value in sums.items()})
-        return BatchResult(values, counts)
+        values = objective.metrics(batch, ranks.summed({name: float(value) for name, value in sums.items()}))
+        return BatchResult(values, ranks.counted(counts))
 
     def evaluate(self) -> Evaluation | None:
         """Score what is held out; changes nothing."""
         began = time.perf_counter()
         scored = self.state.objective.evaluate()
+        self.ranks.settle(self.state.model)
         if scored is not None:
             self.on_event(events.Evaluated(self.state.step, scored.values, time.perf_counter() - began))
         return scored
@@ -207,8 +257,6 @@ class Trainer:
         state = self.state
         if self.saved_step == state.step:
             return
-        for log in (self.metrics, self.experts, self.samples):
-            log.sync()
         stored = {
             "step": state.step,
             "tokens": state.tokens,
@@ -219,15 +267,14 @@ class Trainer:
             stored["base_sha256"] = state.base_sha256
         lora, base = self.recipe.lora, self.recipe.init_from
         adapter = None if lora is None or base is None else (lora.alpha, base)
-        snapshot = take_snapshot(state.model, state.optimizer, state.average, stored, self.run_dir, adapter)
-        self.writer.save(state.step, snapshot.write)
+        snapshot = take_snapshot(state.model, state.optimizer, state.average, stored, self.run_dir, adapter, self.ranks)
+        self._with_files(lambda files: files.save(state.step, snapshot))
         self.saved_step = state.step
 
     def close(self) -> None:
         """Wait for a save in flight and close the files; raises nothing, so that it hides no error."""
-        self.writer.join()
-        for log in (self.metrics, self.experts, self.samples):
-            log.close()
+        if self.files is not None:
+            self.files.close()
 
     def _step_with_bookkeeping(self) -> None:
         state, recipe = self.state, self.recipe
@@ -235,16 +282,17 @@ class Trainer:
         metrics = self.step()
         row = metrics.row()
         last = state.step == self.total_steps
+        samples: list[dict[str, Any]] = []
         if recipe.eval_every and (last or state.step % recipe.eval_every == 0):
             scored = self.evaluate()
             if scored is not None:
                 row |= scored.values
-                for sample in scored.samples:
-                    self.samples.append({"step": state.step, **sample})
-        self.metrics.append(row)
-        self.recent.append(row)
+                samples = scored.samples
+        experts = None
         if self._counts and (last or state.step % max(1, self.total_steps // EXPERT_ROWS) == 0):
-            self.experts.append({"step": state.step, **expert_row(self._counts, state.model.gate_biases())})
+            experts = expert_row(self._counts, state.model.gate_biases())
+        self._with_files(lambda files: files.log(row, samples, experts))
+        self.recent.append(row)
         if metrics.epoch > epoch:
             self.on_event(events.Notice(f"the data begins again, reshuffled: epoch {metrics.epoch + 1}"))
         if last or state.step % recipe.log_every == 0:
@@ -253,18 +301,26 @@ class Trainer:
             self.save()
         self._tell_saved()
 
+    def _with_files(self, do: Callable[[RunFiles], T]) -> T | None:
+        """On the first rank, which has them open; its errors are everybody's."""
+        files = self.files
+        return self.ranks.on_first(lambda: None if files is None else do(files))
+
     def _check(self, batch: Any, result: BatchResult, grad_norm: float) -> None:
         """Stop the run where monitor.py's rule says so. Nothing of this step has changed a weight yet."""
         step = self.state.step + 1
-        loss = result.values["loss"]
+        loss, model, ranks = result.values["loss"], self.state.model, self.ranks
         if not is_finite(*result.values.values(), grad_norm):
             reason = f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
-            layer = first_non_finite(self.state.model, lambda: self._rerun(batch))
+            layer = ranks.told(non_finite_weights(model, ranks))
+            layer = layer or ranks.from_first(first_non_finite(model, lambda: self._rerun(batch), ranks))
         elif self.state.objective.watches_loss and (wrong := self.monitor.see(loss)):
-            reason, layer = wrong, largest_gradient(self.state.model)
+            reason, layer = wrong, ranks.from_first(largest_gradient(model, ranks))
         else:
             return
-        kept = save_failure(self.run_dir, step, self.state.objective.tensors(batch), reason, layer)
+        kept = ranks.on_first(
+            lambda: save_failure(self.run_dir, step, self.state.objective.tensors(batch), reason, layer)
+        )
         raise UserError(
             f"{self.run_dir}: training failed at step {step}: {reason}; first seen in {layer}; the batch is in {kept}."
             " Begin another run with a lower schedule.lr, or from an earlier checkpoint with --from"
@@ -275,13 +331,9 @@ class Trainer:
         self.state.optimizer.zero_grad()
         self.forward_backward(batch)
 
-    def _tell_saved(self) -> None:
-        for saved in self.writer.finished():
+    def _tell_saved(self, *, wait: bool = False) -> None:
+        for saved in self._with_files(lambda files: files.saved(wait=wait)) or []:
             self.on_event(events.Saved(saved.step, saved.path, saved.seconds))
-
-    def _finish_saving(self) -> None:
-        self.writer.wait()
-        self._tell_saved()
 
     def _flops_per_token(self) -> float:
         config, seq_len = self.state.model.config, self.recipe.batch_ramp.mean_seq_len

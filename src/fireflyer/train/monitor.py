@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fireflyer.parallel.ranks import Ranks
+
 WINDOW = 100
 FACTOR = 1.5
 PATIENCE = 10
@@ -48,14 +50,19 @@ class LossMonitor:
         return f"loss {loss:.4g} after {PATIENCE} steps above {limit:.4g}, its running median {median(self._usual):.4g}"
 
 
-def first_non_finite(model: nn.Module, rerun: Callable[[], None]) -> str:
-    """Where the first value that isn't finite comes up.
+def non_finite_weights(model: nn.Module, ranks: Ranks) -> str | None:
+    """The first parameter with a value that isn't finite, of those that lie on this rank."""
+    for name, parameter in model.named_parameters():
+        if not bool(ranks.local(parameter.detach()).isfinite().all()):
+            return f"the weights of {name}"
+    return None
+
+
+def first_non_finite(model: nn.Module, rerun: Callable[[], None], ranks: Ranks) -> str:
+    """Where the first value that isn't finite comes up in a model whose weights are.
 
     `rerun` does the forward and backward of the batch in question again, on the weights before the step.
     """
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            return f"the weights of {name}"
     found: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -75,13 +82,15 @@ def first_non_finite(model: nn.Module, rerun: Callable[[], None]) -> str:
     if found:
         return f"the output of {found[0]}"
     # Gradients flow from the last layer to the first: the last parameter that is hit is nearest to the cause.
-    hit = [n for n, p in model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    gradients = [(name, ranks.local(p.grad)) for name, p in model.named_parameters() if p.grad is not None]
+    hit = [name for name, gradient in gradients if not bool(gradient.isfinite().all())]
     return f"the gradient of {hit[-1]}" if hit else "the loss, after the last layer"
 
 
-def largest_gradient(model: nn.Module) -> str:
+def largest_gradient(model: nn.Module, ranks: Ranks) -> str:
     """The parameter whose gradient has the largest norm: where an explosion shows first."""
-    norms = {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norms = {name: float(ranks.local(gradient).norm()) for name, gradient in gradients.items()}
     return f"the gradient of {max(norms, key=norms.__getitem__)}" if norms else "no gradient"
 
 

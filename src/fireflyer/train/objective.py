@@ -32,6 +32,8 @@ class Part:
     loss: Tensor
     values: dict[str, Tensor]
     routing: list[Routing]
+    last: bool = True
+    """Whether no further part of the batch comes, where the objective may be shared out over ranks."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fireflyer.errors import UserError
+from fireflyer.parallel.ranks import ALONE, Ranks
 from fireflyer.train.narrow_adamw import NarrowAdamW
 from fireflyer.train.settings import OptimizerSettings, Recipe
 
@@ -75,9 +76,13 @@ def optimizer_tensors(optimizer: DecoderOptimizer) -> dict[str, Tensor]:
     return optimizer.tensors()
 
 
-def load_optimizer_tensors(optimizer: DecoderOptimizer, tensors: dict[str, Tensor]) -> None:
-    """Put saved state back, exactly. A missing, extra or misshaped tensor raises UserError, and nothing is changed."""
-    own = optimizer.tensors()
+def load_optimizer_tensors(optimizer: DecoderOptimizer, tensors: dict[str, Tensor], ranks: Ranks = ALONE) -> None:
+    """Put saved state back, exactly. A missing, extra or misshaped tensor raises UserError, and nothing is changed.
+
+    tensors: whole ones; a rank of several takes its share of each.
+    """
+    own = {name: ranks.local(tensor) for name, tensor in optimizer.tensors().items()}
+    tensors = {name: tensor if tensor.ndim == 0 else ranks.share_of(name, tensor) for name, tensor in tensors.items()}
     for name in sorted(own.keys() | tensors.keys()):
         if name not in tensors:
             raise UserError(f"optimizer state: {name} is missing; the checkpoint is of another model or optimizer")
@@ -90,18 +95,19 @@ def load_optimizer_tensors(optimizer: DecoderOptimizer, tensors: dict[str, Tenso
         tensor.copy_(tensors[name])
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
-    """Scale all gradients down to norm `max_norm` together (0: leave them); returns the norm they had.
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float, ranks: Ranks = ALONE) -> float:
+    """Scale all gradients down to norm `max_norm` together (0: leave them); returns the norm they had, on all ranks.
 
     Gradients whose norm isn't finite are left as they are: scaling would turn an inf into nan everywhere and hide where
     it came from.
     """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    gradients = [ranks.local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    norm = ranks.total_norm(gradients)
     value = float(norm)
     if max_norm > 0 and max_norm < value < float("inf"):
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        for gradient in gradients:
+            gradient.mul_(scale.to(gradient.device))
     return value
 
 
@@ -127,10 +133,11 @@ def _adamw(
         adamw = NarrowAdamW(groups, betas=settings.betas, eps=settings.eps)
     # Made here and not at the first step, so that a checkpoint of any moment holds the same names.
     for parameter in named.values():
+        kept = parameter.dtype if moments == torch.float32 else moments
         adamw.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, dtype=moments, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(parameter, dtype=moments, memory_format=torch.preserve_format),
+            "exp_avg": torch.zeros_like(parameter, dtype=kept, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, dtype=kept, memory_format=torch.preserve_format),
         }
     return adamw
 

@@ -21,6 +21,7 @@ from fireflyer.infer.options import EngineOptions
 from fireflyer.infer.sampling_params import SamplingParams
 from fireflyer.model.decoder import Decoder
 from fireflyer.model.experts import Routing
+from fireflyer.parallel.ranks import ALONE, Alone, Ranks
 from fireflyer.text.tokenizer import Tokenizer
 from fireflyer.train.losses import count_valid, training_losses
 from fireflyer.train.objective import Evaluation, Part, Trunk
@@ -55,6 +56,8 @@ class Pretraining:
         self._recipe, self._model, self._tokenizer = recipe, model, tokenizer
         self.loader = loader
         self.held_out = held_out
+        self.ranks: Ranks = ALONE
+        """Who shares the work; every rank reads whole batches, and computes its rows of them."""
 
     @property
     def epoch(self) -> int:
@@ -70,7 +73,8 @@ class Pretraining:
         recipe, model = self._recipe, self._model
         rows, valid = batch.input_ids_BT.shape[0], count_valid(batch.labels_BT)
         weight, alpha = mtp_weight(recipe, tokens), recipe.balance.sequence_alpha
-        for micro in _micro_batches(batch, recipe.parallel.micro_batch_size or rows, recipe.device):
+        share = self.ranks.share(rows)
+        for micro, last in _micro_batches(batch, share, recipe.parallel.micro_batch_size or rows, recipe.device):
             documents = micro.document_ids_BT if recipe.data.mask_documents else None
             with autocast(recipe):
                 out = trunk(
@@ -89,7 +93,8 @@ class Pretraining:
                     rows_in_batch=rows,
                 )
             values = {"loss": terms.main, "mtp_loss": terms.mtp, "balance_loss": terms.balance}
-            yield Part(terms.total(weight, alpha), values, without_padding(out.routing, documents))
+            routing = without_padding(out.routing, documents)
+            yield Part(terms.total(weight, alpha), values, routing, last)
 
     def metrics(self, batch: Batch, sums: dict[str, float]) -> dict[str, float]:
         return sums
@@ -116,8 +121,9 @@ class Pretraining:
 
     def _samples(self) -> list[dict[str, Any]]:
         """What the model makes of the beginnings of the first held-out rows: of a problem its answer."""
-        if self.held_out is None or not self._recipe.eval_samples or self._recipe.lora is not None:
-            return []  # the engine reads weights as they are, without adapters
+        alone = isinstance(self.ranks, Alone)
+        if self.held_out is None or not self._recipe.eval_samples or self._recipe.lora is not None or not alone:
+            return []  # the engine reads weights as they are: whole, and without adapters
         batch = self.held_out.batches[0]
         rows = range(min(self._recipe.eval_samples, batch.input_ids_BT.shape[0]))
         prompts = [beginning(batch.input_ids_BT[row], batch.labels_BT[row]) for row in rows]
@@ -155,7 +161,9 @@ def beginning(input_ids_T: Tensor, labels_T: Tensor) -> list[int]:
     return input_ids_T[: first if first > 1 else min(_BEGINNING_TOKENS, len(input_ids_T) // 2)].tolist()
 
 
-def _micro_batches(batch: Batch, rows: int, device: str) -> Iterator[Batch]:
+def _micro_batches(batch: Batch, share: slice, rows: int, device: str) -> Iterator[tuple[Batch, bool]]:
+    """A share of the batch's rows, so many at a time, and whether they are the last."""
     parts = (batch.input_ids_BT, batch.labels_BT, batch.positions_BT, batch.document_ids_BT)
-    for start in range(0, parts[0].shape[0], rows):
-        yield Batch(*(part[start : start + rows].to(device) for part in parts))
+    for start in range(share.start, share.stop, rows):
+        stop = min(start + rows, share.stop)
+        yield Batch(*(part[start:stop].to(device) for part in parts)), stop == share.stop

@@ -38,8 +38,9 @@ DEFAULT_RECIPE = "ember"
 DEFAULT_VOCAB_SIZE = 4096
 """Size of the tokenizer trained on the data where neither the recipe nor a tokenizer file gives one."""
 
-MAY_CHANGE = frozenset({*LENGTHS, "checkpoint_every", "keep_checkpoints", "eval_every", "eval_samples", "log_every"})
-"""Keys that a rerun of the same folder may change."""
+LAYOUT = frozenset(f"parallel.{key}" for key in ("pp", "dp", "cp", "ep", "zero"))
+MAY_CHANGE = LAYOUT | {*LENGTHS, "checkpoint_every", "keep_checkpoints", "eval_every", "eval_samples", "log_every"}
+"""Keys that a rerun of the same folder may change: a checkpoint of one layout of ranks resumes on another."""
 
 CHOICES = {"device": "auto", "dtype": "auto", "threads": 0}
 """Keys whose given value means "choose"; the run stores what was chosen, and a rerun takes that."""
@@ -124,8 +125,13 @@ def with_epoch_tokens(recipe: Recipe, epoch_tokens: int) -> Recipe:
 
 
 def take_stored_choices(recipe: Recipe, stored: Recipe) -> Recipe:
-    """`recipe` with what the stored run chose wherever the recipe leaves the choice (device, dtype, threads)."""
+    """`recipe` with what the stored run chose wherever the recipe leaves the choice (device, dtype, threads).
+
+    The threads of a rank were chosen beside as many others: with another number of ranks the choice is made anew.
+    """
     open_keys = [key for key, choose in CHOICES.items() if getattr(recipe, key) == choose]
+    if recipe.parallel.ranks != stored.parallel.ranks:
+        open_keys = [key for key in open_keys if key != "threads"]
     return recipe.model_copy(update={key: getattr(stored, key) for key in open_keys})
 
 
@@ -139,8 +145,9 @@ def recipe_differences(stored: Recipe, recipe: Recipe) -> list[str]:
             before.pop(name, None)
             after.pop(name, None)
     old, new = dict(leaves(before)), dict(leaves(after))
+    may_change = MAY_CHANGE if recipe.parallel.ranks == stored.parallel.ranks else MAY_CHANGE | {"threads"}
     for key in sorted(old.keys() | new.keys()):
-        if key not in MAY_CHANGE and old.get(key) != new.get(key):
+        if key not in may_change and old.get(key) != new.get(key):
             was, now = (shown(side[key]) if key in side else "not set" for side in (old, new))
             lines.append(f"{key}: {was} -> {now}")
     return lines

@@ -103,10 +103,25 @@ class EmaSettings(Table):
 
 
 class ParallelSettings(Table):
-    """[parallel]: sequences a forward pass (0: the whole batch at once), and recomputation in the backward pass."""
+    """[parallel]: how ranks share the work (see parallel/layout.py), and how each does its part.
 
+    pp stages of layers, each on dp · cp ranks: dp take other sequences (0: all the ranks that are left), cp other parts
+    of them; routed experts are spread over ep of these. zero: what they share out beside the work, 1 the optimizer's
+    state, 2 gradients too, 3 weights too. micro_batch_size: sequences a forward pass on a rank (0: all at once).
+    """
+
+    pp: Annotated[int, Field(ge=1)] = 1
+    dp: Annotated[int, Field(ge=0)] = 0
+    cp: Annotated[int, Field(ge=1)] = 1
+    ep: Annotated[int, Field(ge=1)] = 1
+    zero: Literal[1, 2, 3] = 1
     micro_batch_size: Annotated[int, Field(ge=0)] = 0
     recompute: bool = False
+
+    @property
+    def ranks(self) -> int:
+        """How many these numbers make; those of dp = 0 as one."""
+        return self.pp * (self.dp or 1) * self.cp
 
 
 class PrecisionSettings(Table):

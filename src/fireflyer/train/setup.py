@@ -7,6 +7,7 @@ under the run's lock, the folder and a `RunState`: new, from another checkpoint,
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from fireflyer.checkpoint.adapter import open_adapter
 from fireflyer.checkpoint.hf import load_model, load_opened
 from fireflyer.checkpoint.published import open_checkpoint, resolve_checkpoint
-from fireflyer.checkpoint.run import discard_newer, find_checkpoint, remove_leftovers, write_text
+from fireflyer.checkpoint.run import find_checkpoint, remove_leftovers, write_text
 from fireflyer.checkpoint.run_folder import RECIPE, TOKENIZER, writing
 from fireflyer.config import ModelConfig
 from fireflyer.data.counting import check_enough_data, count_tokens
@@ -29,16 +30,27 @@ from fireflyer.data.mixture import Mixture, open_sources
 from fireflyer.errors import UserError
 from fireflyer.evaluate.identity import checkpoint_identity
 from fireflyer.model.decoder import Decoder, init_weights_
+from fireflyer.parallel.layout import Layout, check_layout, layout_for
+from fireflyer.parallel.ranks import ALONE, Ranks, agree, open_ranks
+from fireflyer.parallel.started import world_size
 from fireflyer.text.tokenizer import Tokenizer
 from fireflyer.train.events import Event, Notice
 from fireflyer.train.extension import ExtendSettings
+from fireflyer.train.layers import leaves
 from fireflyer.train.lora import attach_adapters, fill_adapters
 from fireflyer.train.objective import Objective
 from fireflyer.train.optimizer import DecoderOptimizer, build_optimizer
 from fireflyer.train.phased_loader import LoaderPhase, PhasedLoader
 from fireflyer.train.precision import check_precision, set_precision
 from fireflyer.train.pretraining import Pretraining
-from fireflyer.train.recipe import read_recipe, recipe_differences, take_stored_choices, to_toml, with_epoch_tokens
+from fireflyer.train.recipe import (
+    as_tables,
+    read_recipe,
+    recipe_differences,
+    take_stored_choices,
+    to_toml,
+    with_epoch_tokens,
+)
 from fireflyer.train.schedule import batch_size_at
 from fireflyer.train.settings import Recipe
 from fireflyer.train.snapshot import restore
@@ -51,11 +63,13 @@ class Inputs:
     """What a run reads. `recipe` has every open choice made: device, dtype, threads, length in tokens.
 
     objective: what it learns from, around the model that is to learn it.
+    alone: whether it can't be shared out over ranks.
     """
 
     recipe: Recipe
     tokenizer: Tokenizer
     objective: Callable[[Decoder], Objective[Any]]
+    alone: bool = True
 
 
 InputsOpener = Callable[[Recipe, Path, Recipe | None, Callable[[Event], None]], Inputs]
@@ -75,6 +89,66 @@ class RunState:
     train_s: float = 0.0
     base_sha256: str | None = None
     """Of the checkpoint that adapters are trained beside; it isn't in the run's own."""
+    ranks: Ranks = ALONE
+    """Who shares the work. Of the model, the optimizer's state and the average a rank of several has its part."""
+
+
+def join_ranks(recipe: Recipe) -> tuple[Recipe, Ranks]:
+    """The layout of the ranks that were started, one or more, in the recipe too. Raises UserError, on all of them."""
+    world = world_size()
+    if world > 1:
+        agree({f"setting, {key}": str(value) for key, value in leaves(as_tables(recipe))})
+    layout, parallel = layout_of(recipe, world), recipe.parallel
+    ranks = open_ranks(layout, _device(recipe))
+    return recipe.model_copy(update={"parallel": parallel.model_copy(update={"dp": layout.dp})}), ranks
+
+
+def layout_of(recipe: Recipe, world: int) -> Layout:
+    """How so many ranks share the work of a recipe. Raises UserError where they can't: which number, and what would."""
+    parallel = recipe.parallel
+    layout = layout_for(world, pp=parallel.pp, dp=parallel.dp, cp=parallel.cp, ep=parallel.ep, zero=parallel.zero)
+    if world > 1:
+        sizes = _batch_sizes(recipe)
+        check_layout(layout, recipe.model, batch_sizes=sizes, micro_batch_size=parallel.micro_batch_size)
+        _check_shared_out(recipe, layout)
+    return layout
+
+
+def _batch_sizes(recipe: Recipe) -> list[int]:
+    """Those that any batch of the run is a sum of."""
+    if recipe.extend is not None:
+        return [phase.batch_size for phase in recipe.extend.phases]
+    schedule = recipe.schedule
+    ramp = [] if schedule.batch_start is None else [schedule.batch_start, schedule.batch_multiple]
+    return [recipe.batch_size, *ramp]
+
+
+def _check_shared_out(recipe: Recipe, layout: Layout) -> None:
+    """What one process can and several can't yet."""
+    for key, number in (("pp", layout.pp), ("cp", layout.cp)):
+        if number > 1:
+            raise UserError(f"parallel.{key} = {number} isn't possible yet; leave it at 1, and share out by dp and ep")
+    if recipe.optimizer.name == "muon":
+        raise UserError(
+            'optimizer.name = "muon" needs whole matrices and trains in one process; --set optimizer.name=adamw'
+        )
+    if recipe.lora is not None:
+        raise UserError("adapters ([lora]) train in one process; leave the launcher out")
+    if recipe.compile:
+        raise UserError("compile = true is for one process; --set compile=false")
+    if recipe.precision.matmul == "fp8" and layout.ep > 1:
+        raise UserError('precision.matmul = "fp8" isn\'t possible with parallel.ep above 1 yet; --set parallel.ep=1')
+
+
+def check_agreement(inputs: Inputs, state: RunState, run_dir: Path) -> None:
+    """Whether all ranks go on from the same step of the same run on the same data. Raises UserError on all."""
+    data = json.dumps(state.objective.state_dict(), sort_keys=True)
+    state.ranks.same(
+        {
+            "data or tokenizer": hashlib.sha256((data + recipe_sha256(inputs.recipe)).encode()).hexdigest(),
+            f"checkpoint in {run_dir} (a folder that all ranks must share)": str(state.step),
+        }
+    )
 
 
 def check_folder(recipe: Recipe, run_dir: Path) -> Recipe | None:
@@ -122,7 +196,7 @@ def open_inputs(recipe: Recipe, run_dir: Path, stored: Recipe | None, on_event: 
         rows = _open_rows(recipe, mixtures, tokenizer, on_event)
         return Pretraining(recipe, model, tokenizer, rows, held_out)
 
-    return Inputs(recipe, tokenizer, objective)
+    return Inputs(recipe, tokenizer, objective, alone=False)
 
 
 def check_tables(recipe: Recipe, verb: str, *own: str) -> None:
@@ -144,7 +218,7 @@ def choose(recipe: Recipe) -> Recipe:
 
     A GPU is taken where there is one, and bf16 there; on a CPU fp32, which is twice as fast as bf16 on most.
     """
-    device = recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(recipe)
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     number = int(device.partition(":")[2] or 0)
     if not present[device.partition(":")[0]] or (number and number >= torch.cuda.device_count()):
@@ -156,6 +230,10 @@ def choose(recipe: Recipe) -> Recipe:
     recipe = recipe.model_copy(update={"device": device, "dtype": dtype, "threads": threads})
     check_precision(recipe)
     return recipe
+
+
+def _device(recipe: Recipe) -> str:
+    return recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _check_compiler(device: str) -> None:
@@ -191,8 +269,11 @@ def recipe_sha256(recipe: Recipe) -> str:
     return hashlib.sha256(to_toml(recipe).encode()).hexdigest()
 
 
-def open_state(inputs: Inputs, run_dir: Path, on_event: Callable[[Event], None]) -> RunState:
-    """The run as its newest good checkpoint left it, or at its beginning. Raises UserError."""
+def open_state(inputs: Inputs, run_dir: Path, on_event: Callable[[Event], None], ranks: Ranks = ALONE) -> RunState:
+    """The run as its newest good checkpoint left it, or at its beginning; of several ranks, each one's part.
+
+    Raises UserError.
+    """
     recipe = inputs.recipe
     found = find_checkpoint(run_dir)
     if found.path is None and found.damaged:
@@ -210,13 +291,17 @@ def open_state(inputs: Inputs, run_dir: Path, on_event: Callable[[Event], None])
             fill_adapters(model, open_adapter(found.path))
     if line := set_precision(model, recipe):
         on_event(Notice(line))
-    state = RunState(model, build_optimizer(model, recipe), inputs.objective(model))
+    ranks.prepare(model)
+    objective = inputs.objective(model)
+    if isinstance(objective, Pretraining):
+        objective.ranks = ranks
+    state = RunState(model, build_optimizer(model, recipe), objective, ranks=ranks)
     if recipe.lora is not None and recipe.init_from is not None:
         state.base_sha256 = checkpoint_identity(resolve_checkpoint(recipe.init_from))["sha256"]
     if found.path is not None:
         for line in found.damaged:
             on_event(Notice(f"passed over a damaged checkpoint: {line}"))
-        stored = restore(found.path, model, state.optimizer, state.average)
+        stored = restore(found.path, model, state.optimizer, state.average, ranks)
         if stored.get("base_sha256") != state.base_sha256:
             raise UserError(
                 f"--from {recipe.init_from}: it changed since {run_dir} was saved, and adapters hold for the weights"
@@ -224,7 +309,6 @@ def open_state(inputs: Inputs, run_dir: Path, on_event: Callable[[Event], None])
             )
         state.objective.load_state_dict(stored["data"])
         state.step, state.tokens, state.train_s = stored["step"], stored["tokens"], stored["train_s"]
-        discard_newer(run_dir, state.step)
     return state
 
 

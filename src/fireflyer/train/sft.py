@@ -42,7 +42,7 @@ def open_chats(recipe: Recipe, run_dir: Path, stored: Recipe | None, on_event: C
     def objective(model: Decoder) -> Pretraining:
         return Pretraining(recipe, model, tokenizer, loader(), held_out)
 
-    return Inputs(recipe, tokenizer, objective)
+    return Inputs(recipe, tokenizer, objective, alone=False)
 
 
 def check_post_training(recipe: Recipe, verb: str) -> None:

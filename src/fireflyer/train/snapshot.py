@@ -19,6 +19,7 @@ from fireflyer.checkpoint.names import published_places
 from fireflyer.checkpoint.trainer_state import EMA_PREFIX, read_trainer_state, write_trainer_state
 from fireflyer.config import ModelConfig
 from fireflyer.model.decoder import Decoder
+from fireflyer.parallel.ranks import ALONE, Alone, Ranks
 from fireflyer.train.lora import adapter_pairs
 from fireflyer.train.optimizer import DecoderOptimizer, load_optimizer_tensors, optimizer_tensors
 
@@ -57,34 +58,50 @@ def take_snapshot(
     state: dict[str, Any],
     tokenizer_from: Path,
     adapter: tuple[float, str] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Snapshot:
     """Copy the weights (fp32, as trained), optimizer moments, averaged weights and RNG. `state` is JSON-able.
 
     adapter: as `Snapshot` has it; the frozen weights are then not copied.
+    ranks: where others hold parts of all this, the first one's snapshot has the whole, and the others' are empty.
     """
-    trainer = {f"{_OPTIMIZER}{name}": _copy(tensor) for name, tensor in optimizer_tensors(optimizer).items()}
-    trainer |= {f"{EMA_PREFIX}{name}": _copy(view) for name, view in _average_views(model.config, average)}
+
+    def copy(name: str, tensor: Tensor) -> Tensor:
+        whole = ranks.whole(name, tensor)
+        return _copy(whole) if ranks.is_first else whole.new_empty(0)
+
+    moments = optimizer_tensors(optimizer).items()
+    trainer = {f"{_OPTIMIZER}{name}": copy(name, tensor) for name, tensor in moments}
+    named = dict(model.named_parameters())
+    if average and not isinstance(ranks, Alone):
+        average = {name: copy(name, ranks.as_part(named[name], part)) for name, part in average.items()}
+    if ranks.is_first:
+        trainer |= {f"{EMA_PREFIX}{name}": _copy(view) for name, view in _average_views(model.config, average)}
     trainer[_CPU_RNG] = torch.get_rng_state()
     if torch.cuda.is_initialized():
         trainer[_CUDA_RNG] = torch.cuda.get_rng_state()
-    kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kept = {name for name, parameter in named.items() if parameter.requires_grad}
     live = model.state_dict()
-    weights = {name: _copy(tensor) for name, tensor in live.items() if adapter is None or name in kept}
+    weights = {name: copy(name, tensor) for name, tensor in live.items() if adapter is None or name in kept}
     return Snapshot(model.config, weights, trainer, state, tokenizer_from, adapter)
 
 
-def restore(folder: Path, model: Decoder, optimizer: DecoderOptimizer, average: dict[str, Tensor]) -> dict[str, Any]:
+def restore(
+    folder: Path, model: Decoder, optimizer: DecoderOptimizer, average: dict[str, Tensor], ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Put back what `take_snapshot` took, but for the weights, which `load_model` reads. Returns the state.
 
     `average` is filled where the checkpoint has one. Raises UserError for tensors of another model or optimizer.
     """
     tensors, state = read_trainer_state(folder)
     moments = {name[len(_OPTIMIZER) :]: tensor for name, tensor in tensors.items() if name.startswith(_OPTIMIZER)}
-    load_optimizer_tensors(optimizer, moments)
+    load_optimizer_tensors(optimizer, moments, ranks)
     if any(name.startswith(EMA_PREFIX) for name in tensors):
-        average.update({n: torch.empty_like(p, dtype=torch.float32, device="cpu") for n, p in model.named_parameters()})
-        for name, view in _average_views(model.config, average):
+        shapes = {name: ranks.whole_shape(name, parameter) for name, parameter in model.named_parameters()}
+        whole = {name: torch.empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
+        for name, view in _average_views(model.config, whole):
             view.copy_(tensors[EMA_PREFIX + name])
+        average.update({name: ranks.share_of(name, tensor) for name, tensor in whole.items()})
     torch.set_rng_state(tensors[_CPU_RNG])
     if _CUDA_RNG in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors[_CUDA_RNG])
