@@ -36,7 +36,7 @@ class Ranks:
         """`function`: of a module's top level, so that the processes find it."""
         for pipe in self._pipes:
             pipe.send((function, args))
-        answers = [pipe.recv() if pipe.poll(120) else (None, "no answer in 120 s") for pipe in self._pipes]
+        answers = [pipe.recv() if pipe.poll(60) else (None, "no answer in 60 s") for pipe in self._pipes]
         wrong = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(answers) if error]
         assert not wrong, "\n".join(wrong)
         return [answer for answer, _ in answers]
@@ -55,7 +55,7 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        "gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=20)
     )
     while True:
         try:

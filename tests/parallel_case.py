@@ -13,6 +13,7 @@ from fireflyer.data.packing import NO_LABEL
 from fireflyer.model.decoder import Decoder, TrunkOutput, init_weights_
 from fireflyer.model.experts import Routing
 from fireflyer.model.routing import expert_counts
+from fireflyer.parallel.context import SequencePart
 from fireflyer.train.losses import LossTerms, training_losses
 from tests.tiny_run import MODEL
 
@@ -70,18 +71,28 @@ class Case:
             documents if self.documents else None,
         )
 
-    def loss(self, model: Decoder, out: TrunkOutput, batch: Batch, **part) -> LossTerms:
-        """out: of the batch, or of the rows that `batch` has."""
-        whole = self.batch()
+    def loss(self, model: Decoder, out: TrunkOutput, batch: Batch, part: SequencePart | None = None) -> LossTerms:
+        return self.loss_of(model.head_weight, model.config, out, batch.labels, batch.documents, part)
+
+    def loss_of(
+        self,
+        head_weight: Tensor,
+        config: ModelConfig,
+        out: TrunkOutput,
+        labels: Tensor,
+        documents: Tensor | None,
+        part: SequencePart | None,
+    ) -> LossTerms:
+        """out: of the batch, or of the rows that the labels are of."""
         return training_losses(
             out,
-            model.head_weight,
-            batch.labels,
-            batch.documents,
-            num_experts_per_tok=model.config.num_experts_per_tok,
-            valid_in_batch=int((whole.labels != NO_LABEL).sum()),
+            head_weight,
+            labels,
+            documents,
+            num_experts_per_tok=config.num_experts_per_tok,
+            valid_in_batch=int((self.batch().labels != NO_LABEL).sum()),
             rows_in_batch=self.rows,
-            **part,
+            part=part,
         )
 
 

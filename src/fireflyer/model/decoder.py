@@ -18,7 +18,7 @@ from fireflyer.config import ModelConfig
 from fireflyer.model.attention import AttentionGroup, AttentionInputs, Form, causal_mask
 from fireflyer.model.block import Block
 from fireflyer.model.cache import LatentCache
-from fireflyer.model.experts import Experts, Gate, Routing
+from fireflyer.model.experts import Experts, Gate, MoE, Routing
 from fireflyer.model.mtp import MTPModule
 from fireflyer.model.norm import RMSNorm
 from fireflyer.model.rope import rope_amplitude, rope_cos_sin, rope_frequencies
@@ -162,7 +162,7 @@ class Decoder(nn.Module):
             positions = (torch.arange(tokens, device=embeds_BTD.device) + start).expand(embeds_BTD.shape[0], tokens)
         if form is None:
             form = "absorbed" if cache is not None and tokens <= ABSORBED_UP_TO else "expanded"
-        cos_sin = self.cos_sin(positions)
+        cos_sin = rotary(self.config, positions)
         if groups is None:
             inputs = _attention_inputs(cos_sin, positions, document_ids, cache, form, tiles)
         else:
@@ -205,22 +205,24 @@ class Decoder(nn.Module):
             positions_BT: (1, N), the positions i.
             groups, tiles: as `trunk` takes them.
         """
-        inputs = AttentionInputs(*self.cos_sin(positions_BT), tuple(groups), tiles)
+        inputs = AttentionInputs(*rotary(self.config, positions_BT), tuple(groups), tiles)
         return self.model.mtp[depth](hidden_BTD, self.embed(next_ids_BT), inputs)[0]
 
-    def cos_sin(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary cosines and sines of these positions, as `AttentionInputs` takes them."""
-        frequencies = rope_frequencies(self.config, positions_BT.device)
-        return rope_cos_sin(frequencies, positions_BT, rope_amplitude(self.config.rope_scaling))
-
     def gates(self) -> list[tuple[int, Gate]]:
-        """(layer index, gate) of every MoE layer, in the order of `TrunkOutput.routing`."""
+        """(layer index, gate) of every MoE layer, in the order of `TrunkOutput.routing`; of those that are here, where
+        a pipeline's ranks have some each."""
         blocks = [*self.model.layers, *(module.block for module in self.model.mtp)]
-        return [(block.layer_index, block.mlp.gate) for block in blocks if self.config.is_moe(block.layer_index)]
+        return [(b.layer_index, b.mlp.gate) for b in blocks if isinstance(b, Block) and isinstance(b.mlp, MoE)]
 
     def gate_biases(self) -> list[tuple[int, Tensor]]:
         """(layer index, (E,) fp32 bias) of every MoE layer that is balanced by bias."""
         return [(i, g.e_score_correction_bias) for i, g in self.gates() if g.e_score_correction_bias is not None]
+
+
+def rotary(config: ModelConfig, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of these positions, as `AttentionInputs` takes them."""
+    frequencies = rope_frequencies(config, positions_BT.device)
+    return rope_cos_sin(frequencies, positions_BT, rope_amplitude(config.rope_scaling))
 
 
 def run_layers(

@@ -12,17 +12,19 @@ places only; no rope dimension appears here).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
+from fireflyer.config import ModelConfig
 from fireflyer.errors import UserError
 from fireflyer.model.attention import AttentionGroup, AttentionInputs
-from fireflyer.model.decoder import Decoder, TrunkOutput, run_layers, run_mtp
+from fireflyer.model.decoder import Decoder, TrunkOutput, rotary, run_layers, run_mtp
 from fireflyer.model.experts import Routing
 
 
@@ -126,14 +128,14 @@ class Sequences:
         """(B, T') the tokens i + depth of this rank's tokens i."""
         return self.part.own(self.input_ids_BS[:, depth:])
 
-    def attention(self, model: Decoder, depth: int = 0) -> AttentionInputs:
+    def attention(self, config: ModelConfig, depth: int = 0) -> AttentionInputs:
         """How this rank's tokens i that have a token i + depth attend."""
         rows = self.part.num_tokens - depth
         positions_BT = self.part.own(self.positions_BS[:, :rows])
         group = self.part.group
         latents = None if group is None else _GatheredLatents(self.part, depth, group)
         attending = AttentionGroup(positions_BT, self._mask(depth), latents, rows, "expanded")
-        return AttentionInputs(*model.cos_sin(positions_BT), (attending,))
+        return AttentionInputs(*rotary(config, positions_BT), (attending,))
 
     def _mask(self, depth: int) -> Tensor | None:
         """(B or 1, T', S - depth); None where plain causal attention is meant."""
@@ -148,22 +150,35 @@ class Sequences:
         return mask_BTS
 
 
-def tail(
-    model: Decoder, hidden_BTD: Tensor, sequences: Sequences, recompute: bool, routing: list[Routing]
+class Tail(Protocol):
+    """The modules that follow the last layer, as `DecoderStack` names them."""
+
+    @property
+    def embed_tokens(self) -> nn.Module: ...
+
+    @property
+    def norm(self) -> nn.Module: ...
+
+    @property
+    def mtp(self) -> nn.ModuleList: ...
+
+
+def run_tail(
+    config: ModelConfig, tail: Tail, hidden_BTD: Tensor, sequences: Sequences, recompute: bool, routing: list[Routing]
 ) -> TrunkOutput:
-    """What follows the last layer: the norm, and the MTP modules on this rank's tokens."""
-    hidden_BTD = model.model.norm(hidden_BTD)
+    """What follows the last layer, on this rank's tokens."""
+    hidden_BTD = tail.norm(hidden_BTD)
     depths = [
-        (model.embed(sequences.ids(depth)), sequences.attention(model, depth))
-        for depth in range(1, min(len(model.model.mtp), sequences.part.num_tokens - 1) + 1)
+        (tail.embed_tokens(sequences.ids(depth)), sequences.attention(config, depth))
+        for depth in range(1, min(len(tail.mtp), sequences.part.num_tokens - 1) + 1)
     ]
-    mtp_hidden = run_mtp(model.model.mtp, hidden_BTD, depths, recompute, routing)
+    mtp_hidden = run_mtp(tail.mtp, hidden_BTD, depths, recompute, routing)
     return TrunkOutput(hidden_BTD, mtp_hidden, routing)
 
 
 def context_trunk(model: Decoder, sequences: Sequences, *, recompute: bool = False) -> TrunkOutput:
     """`Decoder.trunk` of the tokens that are this rank's."""
     routing: list[Routing] = []
-    inputs = sequences.attention(model)
+    inputs = sequences.attention(model.config)
     hidden_BTD = run_layers(model.model.layers, model.embed(sequences.ids()), inputs, recompute, routing)
-    return tail(model, hidden_BTD, sequences, recompute, routing)
+    return run_tail(model.config, model.model, hidden_BTD, sequences, recompute, routing)
