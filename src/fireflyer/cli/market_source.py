@@ -20,7 +20,9 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         "--data",
         metavar="SOURCE",
         default=ASHARES,
-        help=f"{ASHARES} (default: real A-shares 2020-2024 out of a package) or {MADE_UP} (a made-up market)",
+        help=f"{ASHARES} (default: real A-shares 2020-2024 out of a package), {MADE_UP} (a made-up market), or bars of"
+        " your own: PATH of a CSV or Parquet file, a folder of them, or qlib's store; PATH:csi300 takes that index's"
+        " members of each day",
     )
 
 
@@ -34,4 +36,13 @@ def open_source(source: str) -> Panel:
         from fireflyer.market.synthetic import synthetic_panel
 
         return synthetic_panel(0, days=900, names=120)
-    raise UserError(f"--data {source}: unknown; give {ASHARES} or {MADE_UP}")
+    if source.startswith("builtin:"):
+        raise UserError(f"--data {source}: unknown; give {ASHARES}, {MADE_UP} or a path")
+    import numpy as np
+
+    from fireflyer.market.data.files import membership_of, read_panel
+
+    path, _, universe = source.partition(":")
+    membership = membership_of(universe) if universe else None
+    kind = "point-in-time" if universe else "as recorded"
+    return read_panel(path, universe=kind, membership=membership, today=np.datetime64("today", "D"))
