@@ -15,14 +15,13 @@ MADE_UP = "builtin:synthetic"
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
-    """Add the option."""
+    """Add the options."""
     parser.add_argument(
         "--data",
         metavar="SOURCE",
         default=ASHARES,
-        help=f"{ASHARES} (default: real A-shares 2020-2024 out of a package), {MADE_UP} (a made-up market), or bars of"
-        " your own: PATH of a CSV or Parquet file, a folder of them, or qlib's store; PATH:csi300 takes that index's"
-        " members of each day",
+        help=f"bars: {ASHARES} (default: real A-shares 2020-2024 out of a package), {MADE_UP} (a made-up market), a"
+        " .csv or .parquet file, a folder of them, or a qlib store",
     )
 
 
@@ -37,12 +36,7 @@ def open_source(source: str) -> Panel:
 
         return synthetic_panel(0, days=900, names=120)
     if source.startswith("builtin:"):
-        raise UserError(f"--data {source}: unknown; give {ASHARES}, {MADE_UP} or a path")
-    import numpy as np
+        raise UserError(f"--data {source}: unknown; the built-in ones are {ASHARES} and {MADE_UP}")
+    from fireflyer.market.data.files import read_panel
 
-    from fireflyer.market.data.files import membership_of, read_panel
-
-    path, _, universe = source.partition(":")
-    membership = membership_of(universe) if universe else None
-    kind = "point-in-time" if universe else "as recorded"
-    return read_panel(path, universe=kind, membership=membership, today=np.datetime64("today", "D"))
+    return read_panel(source)
