@@ -21,7 +21,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         default=ASHARES,
         help=f"bars: {ASHARES} (default: real A-shares 2020-2024 out of a package), {MADE_UP} (a made-up market), a"
-        " .csv or .parquet file, a folder of them, or a qlib store",
+        " .csv or .parquet file, a folder of them, or a qlib store; PATH@csi500 takes that index's members of each day",
     )
 
 
@@ -37,6 +37,9 @@ def open_source(source: str) -> Panel:
         return synthetic_panel(0, days=900, names=120)
     if source.startswith("builtin:"):
         raise UserError(f"--data {source}: unknown; the built-in ones are {ASHARES} and {MADE_UP}")
-    from fireflyer.market.data.files import read_panel
+    from fireflyer.market.data.files import membership_of, read_panel
 
-    return read_panel(source)
+    path, at, index = source.rpartition("@")
+    if not at:
+        return read_panel(source)
+    return read_panel(path, universe="point-in-time", membership=membership_of(index))
