@@ -325,6 +325,8 @@ def _int64(numbers: Sequence[int]) -> Tensor:
 
 
 def _is_known(module: nn.Module) -> bool:
+    if isinstance(module, MoE) and type(module.experts) not in (Experts, PackedExperts, StoredExperts):
+        return False  # experts of several ranks, which travel
     if isinstance(module, Experts):
         return module.down_proj.dtype in (torch.float32, torch.bfloat16)
     if isinstance(module, StoredExperts):

@@ -19,7 +19,7 @@ from typing import Any
 
 from fireflyer.errors import UserError
 
-_SPREAD = 23333
+SPREAD = 23333
 """What DeepSeek's kernels multiply a token's number by when they choose among replicas (TileKernels)."""
 
 
@@ -59,7 +59,7 @@ class Placement:
     def slot_of(self, expert: int, token: int, rank: int) -> int:
         """Which replica takes a rank's token: spread over them, the same one whenever it is asked."""
         slots = self.replicas[expert]
-        return slots[(rank + token * _SPREAD) % len(slots)]
+        return slots[(rank + token * SPREAD) % len(slots)]
 
     def rank_loads(self, loads: Sequence[float]) -> list[float]:
         """What each rank gets where an expert's load is shared evenly by its replicas."""
