@@ -13,7 +13,7 @@ from fireflyer.data.needles import PLACES, NeedleSource
 from fireflyer.errors import UserError
 from fireflyer.text.tokenizer import Tokenizer
 
-_SAID = re.compile(r"The secret words of (\S+) are (\w+ \w+)\.")
+_SAID = re.compile(r"The secret words of (\S+) are (\w+ and \w+)\.")
 
 
 @pytest.fixture(scope="module")

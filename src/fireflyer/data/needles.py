@@ -1,6 +1,6 @@
 """builtin:needles-N: words hidden in a text that says nothing, and asked for at its end; documents of N tokens.
 
-Out: sentences, among them `The secret words of Lisbon are amber falcon.` for one place or several; then, after an empty
+Out: sentences, among them `The secret words of Lisbon are amber and falcon.` for one place or several; then, after an empty
 line each, the same sentences again in another order: the questions with their answers, and all that is trained on. To
 write the words a model has to find them again, at any distance that N leaves room for. In a tokenizer trained on this
 text every word is one token, so that a row of N tokens holds one document.
@@ -46,7 +46,7 @@ _PARTS = (
     ("in the morning", "before dinner", "without haste", "as the rain began", "on the way home", "late in autumn"),
 )
 _NAME = re.compile(r"builtin:needles-(\d+)")
-_NEEDLE_TOKENS = len("The secret words of Lisbon are amber falcon .".split())
+_NEEDLE_TOKENS = len("The secret words of Lisbon are amber and falcon .".split())
 _SMALLEST = 64
 _HELD_OUT = 256
 
@@ -63,7 +63,7 @@ def sentence(drawn: int) -> str:
 def secret_words(drawn: int) -> str:
     """A colour and an animal, by a random word: each one token, and never two of the same kind."""
     drawn, first = divmod(drawn, len(FIRST_WORDS))
-    return f"{FIRST_WORDS[first]} {SECOND_WORDS[drawn % len(SECOND_WORDS)]}"
+    return f"{FIRST_WORDS[first]} and {SECOND_WORDS[drawn % len(SECOND_WORDS)]}"
 
 
 class NeedleSource:
