@@ -33,6 +33,16 @@ def test_every_number_of_the_run_is_drawn_where_it_belongs(tmp_path: Path) -> No
     assert found.keys().isdisjoint({"note", "flag", "step", "epoch", "train_s", "reward"})
 
 
+def test_right_answers_have_a_chart_and_a_figure(tmp_path: Path) -> None:
+    """What GRPO, distillation and DPO call accuracy; DPO's margins beside it, under the names that it writes."""
+    run = read_run(made_run(tmp_path / "one", extra={"accuracy": 0.5, "eval_accuracy": 0.25, "reward_margin": 1.5}))
+    found = {chart.key: [line.name for line in chart.lines] for chart in charts([run])}
+    assert found["accuracy"] == ["training", "held out"]
+    assert found["preference"] == ["margin"]
+    assert "reward_margin" not in found
+    assert "25.0%" in report_page([run])
+
+
 def test_a_long_run_is_thinned_to_means_that_keep_its_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(charts_module, "MOST_POINTS", 10)
     run = read_run(made_run(tmp_path / "one"))

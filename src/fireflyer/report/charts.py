@@ -69,7 +69,13 @@ _KINDS = {
         "Reward",
         "mean of a group's answers",
         "What the graders gave. It should rise; flat from the start means that no answer, or every answer, is right.",
-        {"reward": "reward", "accuracy": "accuracy", "format_reward": "format"},
+        {"reward": "reward", "format_reward": "format"},
+    ),
+    "accuracy": _Kind(
+        "Right answers",
+        "share",
+        "In training, and on problems kept for examination. Of preferences: pairs whose chosen answer is the likelier.",
+        {"accuracy": "training", "eval_accuracy": "held out"},
     ),
     "length": _Kind(
         "Answer length", "tokens", "Thinking that pays grows longer; padding does too.", {"length": "mean"}
@@ -83,9 +89,9 @@ _KINDS = {
     "clip": _Kind("Clipped tokens", "share", "Tokens whose ratio left the clip range.", {"clip_share": "clipped"}),
     "preference": _Kind(
         "Preferences",
-        "share and nats",
-        "How often the chosen answer is the likelier one, and by how much.",
-        {"preference_accuracy": "accuracy", "margin": "margin"},
+        "nats times β",
+        "How much likelier than the reference the model finds the chosen and the rejected answers, and the difference.",
+        {"reward_margin": "margin", "chosen_reward": "chosen", "rejected_reward": "rejected"},
     ),
     "lr": _Kind("Learning rate", "", "The schedule as it was carried out.", {"lr": "learning rate"}),
     "grad_norm": _Kind(

@@ -84,6 +84,8 @@ def _tiles(run: RunData, usd_per_hour: float | None) -> list[list[str]]:
     tiles: list[list[str]] = []
     if "accuracy" in run.summary and "held_out" in run.summary:
         tiles.append([f"{run.summary['accuracy']:.1%}", "held-out accuracy", f"{run.summary['held_out']:,} problems"])
+    elif (examined := next((row for row in reversed(run.steps) if "eval_accuracy" in row), None)) is not None:
+        tiles.append([f"{examined['eval_accuracy']:.1%}", "held-out accuracy", f"after step {examined['step']:,}"])
     evaluated = next((row for row in reversed(run.steps) if "bits_per_byte" in row), None)
     if evaluated is not None:
         tiles.append(
