@@ -142,14 +142,14 @@ def test_the_portfolio_by_hand() -> None:
 def test_index_futures_by_hand() -> None:
     """Two contracts sold at 3,000.0, a day at 2,990.2, closed at 3,010.0; IF, 300 yuan a point."""
     sessions = np.busday_offset(np.datetime64("2024-01-02"), np.arange(80)).astype("datetime64[D]")
-    account = FuturesAccount(CONTRACTS["IF"], 1_000_000_00, sessions)
-    account.settle(0, 3000.0, hedged_fen=1_800_000_00)
+    account = FuturesAccount(CONTRACTS["IF"], 1_000_000_00)
+    account.settle(sessions[0], 3000.0, hedged_fen=1_800_000_00)
     assert account.count == -2
     opening = round(3000.0 * 300 * 2 * 0.253e-4 * 100)
     assert account.value_fen == 1_000_000_00 - opening
-    account.settle(1, 2990.2, hedged_fen=1_800_000_00)
+    account.settle(sessions[1], 2990.2, hedged_fen=1_800_000_00)
     assert account.value_fen == 1_000_000_00 - opening + round(9.8 * 300 * 2 * 100)
-    account.settle(2, 3010.0, hedged_fen=0)
+    account.settle(sessions[2], 3010.0, hedged_fen=0)
     closing = round(3010.0 * 300 * 2 * 0.253e-4 * 100)
     assert account.count == 0
     assert account.value_fen == 1_000_000_00 - opening - closing - round(10.0 * 300 * 2 * 100)
@@ -165,8 +165,8 @@ def test_the_recorded_fee_of_january_2017() -> None:
 
 def test_margin_bounds_the_hedge() -> None:
     sessions = np.busday_offset(np.datetime64("2024-01-02"), np.arange(30)).astype("datetime64[D]")
-    account = FuturesAccount(CONTRACTS["IC"], 400_000_00, sessions)
-    account.settle(0, 5000.0, hedged_fen=100_000_000_00)
+    account = FuturesAccount(CONTRACTS["IC"], 400_000_00)
+    account.settle(sessions[0], 5000.0, hedged_fen=100_000_000_00)
     assert account.count == -2  # 140,000 yuan each
     assert account.value_fen >= CONTRACTS["IC"].margin_fen(5000.0, 2)
 
@@ -176,13 +176,13 @@ def test_a_thousand_random_days_of_futures_balance() -> None:
         rng = np.random.default_rng(stream)
         sessions = np.busday_offset(np.datetime64("2024-01-02"), np.arange(20)).astype("datetime64[D]")
         contract = CONTRACTS[("IF", "IH", "IC", "IM")[stream % 4]]
-        account = FuturesAccount(contract, 50_000_000_00, sessions)
+        account = FuturesAccount(contract, 50_000_000_00)
         points = np.round(np.cumsum(rng.normal(0, 30, 20)) + 4000, 1)
         gains, count = 0, 0
         for row in range(20):
             if row:
                 gains += round((points[row] - points[row - 1]) * contract.multiplier * count * 100)
-            account.settle(row, float(points[row]), hedged_fen=int(rng.integers(0, 40_000_000_00)))
+            account.settle(sessions[row], float(points[row]), hedged_fen=int(rng.integers(0, 40_000_000_00)))
             count = account.count
         assert account.value_fen == 50_000_000_00 + gains - account.fees_fen
         assert account.gains_fen == gains
@@ -196,10 +196,10 @@ def test_expiry_is_the_third_friday_and_positions_roll_before_it() -> None:
     with pytest.raises(UserError, match="the sessions end on"):
         last_trading_day("2025-02", sessions)
     assert listed_months(np.datetime64("2024-01-10")) == ["2024-01", "2024-02", "2024-03", "2024-06"]
-    account = FuturesAccount(CONTRACTS["IF"], 10_000_000_00, sessions)
+    account = FuturesAccount(CONTRACTS["IF"], 10_000_000_00)
     months = []
     for row in range(50):
-        account.settle(row, 3500.0, hedged_fen=5_000_000_00)
+        account.settle(sessions[row], 3500.0, hedged_fen=5_000_000_00)
         months.append(account.month)
     assert months[0] == "2024-01"
     assert [month for row, month in enumerate(months) if row == 0 or month != months[row - 1]] == [

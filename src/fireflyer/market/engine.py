@@ -8,13 +8,13 @@ index enhancement holds stocks alone and is measured against the index.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fireflyer.errors import UserError
-from fireflyer.market.account import FILL_PRICES, Exchange, StockAccount
+from fireflyer.market.account import FILL_PRICES, Counts, Exchange, StockAccount
 from fireflyer.market.futures import FuturesAccount
 from fireflyer.market.orders import Fill, Order, Rejection, order_hash
 from fireflyer.market.panel import Dates, Floats, Panel
@@ -86,58 +86,140 @@ class BacktestResult:
         return self.traded / (2.0 * self.nav)
 
 
+@dataclass(frozen=True)
+class Day:
+    """What one session came to; money in fen."""
+
+    orders: list[Order]
+    fills: list[Fill]
+    rejections: list[Rejection]
+    cash: int
+    holdings: int
+    futures: int
+    fees: int
+    traded: int
+    stale: int
+
+
+class Desk:
+    """An account and what it will do tomorrow, session by session: the backtest's, and that of trading on paper.
+
+    It reads nothing of a panel beyond the session it is told of.
+    """
+
+    def __init__(self, panel: Panel, settings: BacktestSettings) -> None:
+        self._panel, self._settings = panel, settings
+        self._exchange = Exchange(panel, settings.fees, settings.fill)
+        margin = settings.cash_fen * settings.futures_share if settings.mode == "market-neutral" else 0
+        self.account = StockAccount.of(len(panel.symbols), settings.cash_fen - int(margin))
+        self.futures = FuturesAccount(CONTRACTS[settings.future], int(margin))
+        self._pending: tuple[Counts, Floats, int] | None = None
+
+    def day(self, row: int, scores_N: Floats) -> Day:
+        """Fill what was decided at the close before, value everything, and decide anew with the day's scores."""
+        account, futures, settings = self.account, self.futures, self._settings
+        fees, traded = account.fees_fen + futures.fees_fen, account.traded_fen + futures.traded_fen
+        fills: list[Fill] = []
+        rejections: list[Rejection] = []
+        self._exchange.open_day(account, row)
+        if self._pending is not None and not settings.same_bar:
+            fills, rejections = self._exchange.trade(account, row, *self._pending)
+        self._exchange.close_day(account, row)
+        fills += self._exchange.give_up(account, row, settings.delisted_after)
+        orders = self._decide(row, scores_N)
+        if self._pending is not None and settings.same_bar:
+            done, refused = self._exchange.trade(account, row, *self._pending)
+            fills, rejections = fills + done, rejections + refused
+        if settings.mode == "market-neutral":
+            futures.settle(self._panel.dates[row], float(self._panel.index_close[row]), hedged_fen=account.value_fen())
+        return Day(
+            orders=orders,
+            fills=fills,
+            rejections=rejections,
+            cash=account.cash_fen,
+            holdings=account.value_fen(),
+            futures=futures.value_fen,
+            fees=account.fees_fen + futures.fees_fen - fees,
+            traded=account.traded_fen + futures.traded_fen - traded,
+            stale=int(((account.held > 0) & (account.last_row < row)).sum()),
+        )
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able, by symbol and date: a panel with more names and sessions takes it up again."""
+        account, symbols, dates = self.account, self._panel.symbols, self._panel.dates
+        known = np.flatnonzero((account.last_row >= 0) | (account.held > 0)).tolist()
+        pending = None
+        if self._pending is not None:
+            shares, priority, row = self._pending
+            asked = [(symbols[n], int(shares[n]), float(priority[n])) for n in np.flatnonzero(shares).tolist()]
+            pending = {"row": str(dates[row]), "orders": asked}
+        return {
+            "cash_fen": account.cash_fen,
+            "fees_fen": account.fees_fen,
+            "traded_fen": account.traded_fen,
+            "names": [
+                (symbols[n], int(account.held[n]), float(account.last_price[n]), str(dates[account.last_row[n]]))
+                for n in known
+            ],
+            "futures": self.futures.state(),
+            "pending": pending,
+        }
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Put `state` back. Raises UserError where a name that is held is no longer in the panel."""
+        account, place = self.account, {symbol: column for column, symbol in enumerate(self._panel.symbols)}
+
+        def column(symbol: str) -> int:
+            if symbol not in place:
+                raise UserError(
+                    f"{self._panel.origin.source}: {symbol}, which is held or ordered, has vanished from it"
+                )
+            return place[symbol]
+
+        account.cash_fen, account.fees_fen, account.traded_fen = (
+            state[key] for key in ("cash_fen", "fees_fen", "traded_fen")
+        )
+        for symbol, held, price, date in state["names"]:
+            if held or symbol in place:
+                name = column(symbol)
+                account.held[name], account.last_price[name] = held, price
+                account.last_row[name] = self._panel.row(date)
+        self.futures = FuturesAccount(self.futures.contract, **state["futures"])
+        self._pending = None
+        if state["pending"] is not None:
+            shares = np.zeros(len(place), np.int64)
+            priority = np.full(len(place), -np.inf)
+            for symbol, count, first in state["pending"]["orders"]:
+                shares[column(symbol)], priority[column(symbol)] = count, first
+            self._pending = (shares, priority, self._panel.row(state["pending"]["row"]))
+
+    def _decide(self, row: int, scores_N: Floats) -> list[Order]:
+        self._pending = None
+        rule, account, panel = self._settings.portfolio, self.account, self._panel
+        if row % rule.every or not np.isfinite(scores_N).any():
+            return []
+        value = account.cash_fen + account.value_fen()
+        shares, priority = rule.orders(scores_N, panel.member[row], account.held, account.last_price, value)
+        self._pending = (shares, priority, row)
+        return [Order(panel.symbols[name], int(shares[name]), row) for name in np.flatnonzero(shares).tolist()]
+
+
 def backtest(panel: Panel, scores: Floats, settings: BacktestSettings) -> BacktestResult:
     """Trade the scores through the panel. Raises UserError for scores of another shape."""
     if scores.shape != panel.shape:
         raise UserError(f"scores are {scores.shape}, the panel {panel.shape}; they must be of the same dates and names")
-    days, names = panel.shape
-    exchange = Exchange(panel, settings.fees, settings.fill)
-    neutral = settings.mode == "market-neutral"
-    margin_fen = int(settings.cash_fen * settings.futures_share) if neutral else 0
-    account = StockAccount.of(names, settings.cash_fen - margin_fen)
-    futures = FuturesAccount(CONTRACTS[settings.future], margin_fen, panel.dates)
-    kept: dict[str, list[int]] = {key: [] for key in ("cash", "holdings", "futures", "fees", "traded", "stale")}
-    orders: list[Order] = []
-    fills: list[Fill] = []
-    rejections: list[Rejection] = []
-    pending: tuple[np.ndarray, Floats, int] | None = None
-    for row in range(days):
-        before = (account.fees_fen + futures.fees_fen, account.traded_fen + futures.traded_fen)
-        exchange.open_day(account, row)
-        if pending is not None and not settings.same_bar:
-            done, refused = exchange.trade(account, row, *pending)
-            fills += done
-            rejections += refused
-        exchange.close_day(account, row)
-        fills += exchange.give_up(account, row, settings.delisted_after)
-        value = account.cash_fen + account.value_fen()
-        pending = None
-        if row % settings.portfolio.every == 0 and np.isfinite(scores[row]).any():
-            shares, priority = settings.portfolio.orders(
-                scores[row], panel.member[row], account.held, account.last_price, value
-            )
-            asked = np.nonzero(shares)[0].tolist()
-            orders += [Order(panel.symbols[name], int(shares[name]), row) for name in asked]
-            pending = (shares, priority, row)
-            if settings.same_bar:
-                done, refused = exchange.trade(account, row, *pending)
-                fills += done
-                rejections += refused
-        if neutral:
-            futures.settle(row, float(panel.index_close[row]), hedged_fen=account.value_fen())
-        kept["cash"].append(account.cash_fen)
-        kept["holdings"].append(account.value_fen())
-        kept["futures"].append(futures.value_fen)
-        kept["fees"].append(account.fees_fen + futures.fees_fen - before[0])
-        kept["traded"].append(account.traded_fen + futures.traded_fen - before[1])
-        kept["stale"].append(int(((account.held > 0) & (account.last_row < row)).sum()))
-    money = {key: np.array(values, np.int64) for key, values in kept.items()}
+    desk = Desk(panel, settings)
+    days = [desk.day(row, scores[row]) for row in range(len(panel.dates))]
+    money = {
+        key: np.array([getattr(day, key) for day in days], np.int64)
+        for key in ("cash", "holdings", "futures", "fees", "traded", "stale")
+    }
     return BacktestResult(
         dates=panel.dates,
         nav=money["cash"] + money["holdings"] + money["futures"],
-        orders=orders,
-        fills=fills,
-        rejections=rejections,
+        orders=[order for day in days for order in day.orders],
+        fills=[fill for day in days for fill in day.fills],
+        rejections=[rejection for day in days for rejection in day.rejections],
         same_bar=settings.same_bar,
         index_close=panel.index_close,
         **money,

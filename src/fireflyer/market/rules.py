@@ -173,10 +173,14 @@ CONTRACTS = {
 IF_2017 = Contract("IF", 300, 0.2, 0.40, 0.10, 0.253e-4, 0.253e-4, 23e-4)
 
 
+def third_friday(month: str) -> np.datetime64:
+    """Of "2024-06": a contract's last trading day, if it is a session."""
+    return np.busday_offset(np.datetime64(f"{month}-01", "D"), 2, roll="forward", weekmask="Fri")
+
+
 def last_trading_day(month: str, sessions: Dates) -> np.datetime64:
     """The third Friday of "2024-06", or the session after where that is none. UserError past the sessions' end."""
-    first = np.datetime64(month, "D") if len(month) > 7 else np.datetime64(f"{month}-01", "D")
-    friday = np.busday_offset(first, 2, roll="forward", weekmask="Fri")
+    friday = third_friday(month)
     place = int(np.searchsorted(sessions, friday))
     if place == len(sessions):
         raise UserError(f"the sessions end on {sessions[-1]}, before {month}'s contract does on {friday}")
