@@ -73,3 +73,13 @@ def test_a_fold_without_labels_is_named() -> None:
     empty = replace(PANEL, member=np.zeros_like(PANEL.member))
     with pytest.raises(UserError, match="no label between"):
         fit_ridge(empty, FOLD, 5)
+
+
+def test_a_row_is_scored_alike_to_the_bit_whatever_is_asked_beside_it() -> None:
+    """A matrix product's bits depend on its shape."""
+    for fit in (fit_ridge, fit_lightgbm):
+        fitted = fit(PANEL, FOLD, 5)
+        whole = fitted.scores(PANEL, FOLD.test.start)
+        for row in range(FOLD.test.start + 1, FOLD.test.stop, 20):
+            cut = fitted.scores(PANEL.slice(0, row), FOLD.test.start)
+            assert whole[:row].tobytes() == cut.tobytes()

@@ -7,7 +7,7 @@ threads. A linear model of ranks is a strong baseline on prices alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,12 +44,30 @@ LIGHTGBM = {
 }
 
 
-class Regressor(Protocol):
+class Predictor(Protocol):
+    """What a fitted model does."""
+
+    def predict(self, X: NDArray) -> Any: ...
+
+
+class Regressor(Predictor, Protocol):
     """What scikit-learn's and LightGBM's models have in common."""
 
     def fit(self, X: NDArray, y: NDArray) -> object: ...
 
-    def predict(self, X: NDArray) -> Any: ...
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear model whose answer for a row doesn't depend on what is asked with it, as a matrix product's does."""
+
+    weights: NDArray[np.float64]
+    intercept: float
+
+    def predict(self, X: NDArray) -> NDArray[np.float64]:
+        total = np.full(len(X), self.intercept)
+        for column, weight in zip(X.T, self.weights.tolist(), strict=True):
+            total += weight * column
+        return total
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,7 @@ class Fitted:
     """A baseline of one fold; `learned`: first and last session whose labels it saw."""
 
     name: str
-    model: Regressor
+    model: Predictor
     learned: tuple[str, str]
 
     def scores(self, panel: Panel, first: int = 0) -> Floats:
@@ -75,7 +93,9 @@ def fit_ridge(panel: Panel, fold: Fold, horizon: int, alpha: float = RIDGE_ALPHA
     """Linear in the ranks, shrunk."""
     from sklearn.linear_model import Ridge
 
-    return _fit("Ridge", Ridge(alpha=alpha), panel, fold, horizon)
+    model = Ridge(alpha=alpha)
+    fitted = _fit("Ridge", model, panel, fold, horizon)
+    return replace(fitted, model=Linear(np.asarray(model.coef_, np.float64), float(model.intercept_)))
 
 
 def fit_lightgbm(panel: Panel, fold: Fold, horizon: int, *, threads: int = 1, seed: int = 0) -> Fitted:
