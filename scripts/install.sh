@@ -109,6 +109,8 @@ core) pip install -qq --constraint "$constraint" --editable . ;;
 dev)
     want_compiler
     pip install -qq --constraint "$constraint" --editable '.[dev]'
+    # Its sample data are the A-share panel; what it requires is heavy, and nothing here imports it.
+    pip install -qq --no-deps jqfactor-analyzer==1.1.0
     want_test_programs
     ;;
 *) stop "install.sh knows 'core' and 'dev', not '$what'" ;;
