@@ -30,6 +30,7 @@ from fireflyer.cli import (
     generate,
     grpo,
     inspect,
+    market,
     plan,
     pretrain,
     report,
@@ -57,6 +58,7 @@ VERBS = {
     "report": report,
     "inspect": inspect,
     "plan": plan,
+    "market": market,
     "fleet": fleet,
 }
 

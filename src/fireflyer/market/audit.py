@@ -135,7 +135,7 @@ def audit(
     only: Sequence[str] = TESTS,
     seed: int = 0,
     dates: int = DATES,
-    on_finding: Callable[[Finding], None] = lambda finding: None,
+    on_finding: Callable[[Finding], None] | None = None,
 ) -> Audit:
     """Run all nine, or `only` some of `TESTS`. Raises UserError where the pipeline scores nothing in the panel."""
     scores = pipeline.scores(panel)
@@ -158,7 +158,8 @@ def audit(
     findings = []
     for test in (test for test in TESTS if test in only):
         findings.append(tests[test]())
-        on_finding(findings[-1])
+        if on_finding is not None:
+            on_finding(findings[-1])
     return Audit(tuple(findings))
 
 
