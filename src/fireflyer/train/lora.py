@@ -41,6 +41,7 @@ class LoraExperts(Experts):
 
     def __init__(self, experts: Experts, own: set[str], settings: LoraSettings, generator: torch.Generator) -> None:
         nn.Module.__init__(self)
+        self.num_experts = experts.num_experts
         self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
         self.scale = settings.alpha / settings.rank
         for name, weight in (("gate_up_proj", experts.gate_up_proj), ("down_proj", experts.down_proj)):
