@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fireflyer.config import ModelConfig
+from fireflyer.model.attention import AttentionInputs
 from fireflyer.model.decoder import Decoder, init_weights_
 from fireflyer.model.experts import Experts
 from fireflyer.model.fp8_layers import Fp8Attention, Fp8Experts, Fp8Linear, Fp8SwiGLU, _Core, use_fp8
@@ -254,3 +256,27 @@ def test_a_decoder_learns_and_recomputes_to_the_bit(autocast: bool):
     for name, gradient in ours.items():
         assert torch.equal(gradient, again[name])
         assert F.cosine_similarity(gradient.flatten(), plain[name].flatten(), 0) > 0.8
+
+
+def test_attention_reads_what_a_cache_has_from_others() -> None:
+    """A cache that gives back what it is given changes nothing; one that has more is read in full."""
+    model, ids = decoder(), torch.arange(40).view(2, 20)
+    use_fp8(model)
+    attention, x = model.model.layers[0].self_attn, drawn(2, 20, 128)
+    seen: list[AttentionInputs] = []
+    attention.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[1]))
+    model.trunk(ids)
+    inputs = seen[0]
+    (group,) = inputs.groups
+
+    class Same:
+        def extend(self, layer_index: int, latent_BTC: Tensor, positions_BT: Tensor, num_slots: int) -> Tensor:
+            return latent_BTC * self.factor
+
+        factor = 1.0
+
+    mask = torch.ones(20, 20, dtype=torch.bool).tril().expand(2, 20, 20)
+    cached = replace(inputs, groups=(replace(group, cache=Same(), mask_BTS=mask),))
+    torch.testing.assert_close(attention(x, cached, 0), attention(x, inputs, 0))
+    Same.factor = 2.0
+    assert not torch.allclose(attention(x, cached, 0), attention(x, inputs, 0))

@@ -237,7 +237,12 @@ class Fp8Attention(LatentAttention):
         if not torch.is_grad_enabled():
             return super().forward(x_BTD, inputs, layer_index)
         (group,) = inputs.groups
-        q, k, v = self.heads(*self.rows(x_BTD, inputs))
+        q_nope_BTHP, q_rope_BTHR, kv_latent_BSL, rope_key_BSR = self.rows(x_BTD, inputs)
+        if group.cache is not None:  # other ranks' tokens
+            latent_BTC = torch.cat((kv_latent_BSL, rope_key_BSR), dim=-1)
+            kept_BSC = group.cache.extend(layer_index, latent_BTC, group.positions_BT, group.num_slots)
+            kv_latent_BSL, rope_key_BSR = kept_BSC.split((self.latent, self.rope), dim=-1)
+        q, k, v = self.heads(q_nope_BTHP, q_rope_BTHR, kv_latent_BSL, rope_key_BSR)
         if q.device.type == "cpu":
             out_BTX, *kept = _Core.apply(q, k, v, group.mask_BTS, self.scale, self.value)
         else:

@@ -14,6 +14,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from fireflyer.config import ModelConfig
 from fireflyer.model.experts import Experts, weighted_swiglu
+from fireflyer.model.fp8_layers import Fp8Experts
 from fireflyer.model.row_tiles import RowTiles
 
 
@@ -52,6 +53,14 @@ class ParallelExperts(Experts):
             return super().feed_forward(x_MD.contiguous(), weight_M.contiguous(), ends_X)
         # No rows: nothing to compute, but the graph must go on, since the gradients' journeys need every rank.
         return F.linear(weighted_swiglu(F.linear(x_MD, self.gate_up_proj[0]), weight_M), self.down_proj[0])
+
+
+class ParallelFp8Experts(ParallelExperts, Fp8Experts):
+    """The same, computed in FP8 where the experts are."""
+
+    def __init__(self, config: ModelConfig, whole: Fp8Experts, group: ProcessGroup) -> None:
+        super().__init__(config, whole, group)
+        self.gradient_tile = whole.gradient_tile
 
 
 def travelled(rows_MD: Tensor, out: list[int], back: list[int], group: ProcessGroup) -> Tensor:

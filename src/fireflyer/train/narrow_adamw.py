@@ -6,6 +6,7 @@ In: fp32 parameters with fp32 gradients. Each step is computed in fp32, and the 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,9 +29,15 @@ class NarrowAdamW(torch.optim.Optimizer):
                     state = self.state[parameter]
                     state["step"] += 1
                     whole = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-                    parts = (tensor.view(-1).split(_AT_A_TIME) for tensor in whole)
-                    for part in zip(*parts, strict=True):
+                    for part in _stretches(whole):
                         _update_(*part, group=group, step=float(state["step"]))
+
+
+def _stretches(tensors: tuple[Tensor, ...]) -> Iterable[tuple[Tensor, ...]]:
+    """The same stretch of each, one after the other; all at once of what is spread over ranks, which can't be cut."""
+    if type(tensors[1]) is not Tensor:
+        return [tensors]
+    return zip(*(tensor.view(-1).split(_AT_A_TIME) for tensor in tensors), strict=True)
 
 
 def _update_(
