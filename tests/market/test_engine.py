@@ -14,7 +14,7 @@ from fireflyer.market.account import StockAccount
 from fireflyer.market.engine import BacktestResult, BacktestSettings, backtest, why_nothing
 from fireflyer.market.futures import FuturesAccount
 from fireflyer.market.panel import Floats, Panel
-from fireflyer.market.portfolio import TopK
+from fireflyer.market.portfolio import Decision, TopK
 from fireflyer.market.rules import CONTRACTS, IF_2017, last_trading_day, listed_months
 from fireflyer.market.synthetic import synthetic_panel
 
@@ -131,10 +131,11 @@ def test_the_portfolio_by_hand() -> None:
     scores = np.array([0.9, 0.8, 0.7, 0.1, np.nan, 0.95])
     member = np.array([True, True, True, True, True, False])
     held = np.array([0, 0, 500, 500, 500, 500])
-    shares, _ = rule.orders(scores, member, held, np.full(6, 10.0), 30_000_00)
+    panel = replace(synthetic_panel(0, days=1, names=6), member=member[None])
+    shares, _ = rule.orders(Decision(panel, 0, scores, held, np.full(6, 10.0), 30_000_00))
     # The one that left the universe goes; of those judged the worst goes for the best not held; unscored ones stay.
     assert shares.tolist() == [1000, 0, 0, -500, 0, -500]
-    fresh, priority = rule.orders(scores, member, np.zeros(6, np.int64), np.full(6, 10.0), 30_000_00)
+    fresh, priority = rule.orders(Decision(panel, 0, scores, np.zeros(6, np.int64), np.full(6, 10.0), 30_000_00))
     assert fresh.tolist() == [1000, 1000, 1000, 0, 0, 0]
     assert priority[4] == -np.inf
 

@@ -11,7 +11,9 @@ from fireflyer.errors import UserError
 
 if TYPE_CHECKING:
     from fireflyer.market.engine import BacktestResult, BacktestSettings
+    from fireflyer.market.mean_risk import MeanRisk
     from fireflyer.market.panel import Panel
+    from fireflyer.market.portfolio import TopK
 
 YUAN = 100
 """Fen."""
@@ -40,9 +42,17 @@ def add_rules(parser: argparse.ArgumentParser) -> None:
         "--mode", default="long-only", help="long-only (default), 'index enhancement' or market-neutral"
     )
     parser.add_argument("--cash", metavar="YUAN", type=float, default=10_000_000, help="to begin with (default 10M)")
-    parser.add_argument("--names", metavar="K", type=int, default=50, help="held at a time (default 50)")
+    parser.add_argument(
+        "--portfolio", default="top", help="top (default): the K best, alike; mean-risk: the best return for its risk"
+    )
+    parser.add_argument("--names", metavar="K", type=int, default=50, help="held, or weighed, at a time (default 50)")
     parser.add_argument("--drop", metavar="N", type=int, default=5, help="changed at a time at most (default 5)")
-    parser.add_argument("--every", metavar="DAYS", type=int, default=1, help="sessions between decisions (default 1)")
+    parser.add_argument(
+        "--every", metavar="DAYS", type=int, help="sessions between decisions (default 1; of mean-risk 5)"
+    )
+    parser.add_argument(
+        "--turnover", metavar="SHARE", type=float, default=0.3, help="of mean-risk, a decision (default 0.3)"
+    )
     parser.add_argument("--fill", default="close", help="price of the next session: close (default), open or vwap")
     parser.add_argument("--commission-bp", metavar="BP", type=float, default=2.5, help="both ways (default 2.5)")
     parser.add_argument("--future", default="IC", help="what market-neutral sells: IF, IH, IC (default) or IM")
@@ -51,7 +61,6 @@ def add_rules(parser: argparse.ArgumentParser) -> None:
 def settings_of(args: argparse.Namespace) -> BacktestSettings:
     """The account's settings out of the words. Raises UserError."""
     from fireflyer.market.engine import BacktestSettings
-    from fireflyer.market.portfolio import TopK
     from fireflyer.market.rules import Fees
 
     if args.commission_bp < 0:
@@ -59,11 +68,22 @@ def settings_of(args: argparse.Namespace) -> BacktestSettings:
     return BacktestSettings(
         cash_fen=round(args.cash * YUAN),
         mode=args.mode,
-        portfolio=TopK(names=args.names, drop=args.drop, every=args.every),
+        portfolio=_portfolio(args),
         fees=Fees(commission_bp=args.commission_bp),
         fill=args.fill,
         future=args.future,
     )
+
+
+def _portfolio(args: argparse.Namespace) -> TopK | MeanRisk:
+    from fireflyer.market.mean_risk import MeanRisk
+    from fireflyer.market.portfolio import TopK
+
+    if args.portfolio == "top":
+        return TopK(names=args.names, drop=args.drop, every=1 if args.every is None else args.every)
+    if args.portfolio == "mean-risk":
+        return MeanRisk(candidates=args.names, turnover=args.turnover, every=5 if args.every is None else args.every)
+    raise UserError(f"--portfolio {args.portfolio}: unknown; give top or mean-risk")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from fireflyer.errors import UserError
 from fireflyer.market.account import FILL_PRICES, Counts, Exchange, StockAccount
 from fireflyer.market.futures import FuturesAccount
+from fireflyer.market.mean_risk import MeanRisk
 from fireflyer.market.orders import Fill, Order, Rejection, order_hash
 from fireflyer.market.panel import Dates, Floats, Panel
-from fireflyer.market.portfolio import TopK
+from fireflyer.market.portfolio import Decision, TopK
 from fireflyer.market.rules import CONTRACTS, Fees
 
 Mode = Literal["long-only", "index enhancement", "market-neutral"]
@@ -34,7 +35,7 @@ class BacktestSettings:
 
     cash_fen: int = 10_000_000_00
     mode: Mode = "long-only"
-    portfolio: TopK = field(default_factory=TopK)
+    portfolio: TopK | MeanRisk = field(default_factory=TopK)
     fees: Fees = field(default_factory=Fees)
     fill: str = "close"
     same_bar: bool = False
@@ -199,7 +200,8 @@ class Desk:
         if row % rule.every or not np.isfinite(scores_N).any():
             return []
         value = account.cash_fen + account.value_fen()
-        shares, priority = rule.orders(scores_N, panel.member[row], account.held, account.last_price, value)
+        decision = Decision(panel, row, scores_N, account.held, account.last_price, value)
+        shares, priority = rule.orders(decision)
         self._pending = (shares, priority, row)
         return [Order(panel.symbols[name], int(shares[name]), row) for name in np.flatnonzero(shares).tolist()]
 

@@ -77,8 +77,9 @@ def _symbols(rng: np.random.Generator, names: int) -> tuple[tuple[str, ...], Flo
     boards = rng.choice(len(_BOARDS), names, p=[share for _, _, share in _BOARDS])
     boards[0] = 0
     limits = np.array([limit for _, limit, _ in _BOARDS])[boards]
-    symbols = tuple(_BOARDS[board][0].format(number + 1) for number, board in enumerate(boards.tolist()))
-    return symbols, limits
+    of_board = np.cumsum(boards[:, None] == np.arange(len(_BOARDS)), axis=0)[np.arange(names), boards]
+    numbered = zip(boards.tolist(), of_board.tolist(), strict=True)
+    return tuple(_BOARDS[board][0].format(number) for board, number in numbered), limits
 
 
 def _weekdays(first: str, days: int) -> Dates:
