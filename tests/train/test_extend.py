@@ -155,6 +155,13 @@ def test_a_phase_with_a_text_of_its_own(base: Path, text: Path, tmp_path: Path):
     )
     inputs = open_inputs(recipe, tmp_path / "none", None, lambda event: None)
     objective = inputs.objective(load_model(base))
+    by_phase = load_recipe(
+        None,
+        [*SETTINGS, f"extend.phases=[{own}]", "data.held_out=0.0"],
+        init_from=str(base),
+        base="extend",
+    )
+    assert by_phase.data.sources == [str(other)]
     first, second = (inputs.tokenizer.decode(objective.next_batch(1).input_ids_BT[0].tolist()) for _ in range(2))
     assert "quartz" not in first
     assert "quartz quartz" in second

@@ -22,7 +22,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class ExtendPhase(Table):
-    """Steps with sequences of one length. sources: its text, where that isn't data.sources."""
+    """Steps with sequences of one length. sources: its text, where that isn't data.sources (by default the last's)."""
 
     seq_len: Annotated[int, Field(ge=2)]
     batch_size: Count
@@ -120,6 +120,8 @@ def extension_layer(layers: list[Layer]) -> Layer | None:
             "max_position_embeddings": int(original * extend.factor),
         },
     }
+    if last.sources and not values.get("data", {}).get("sources"):
+        decided["data"] = {"sources": last.sources}
     _check_given(dict(leaves(decided)), layers)
     return Layer(decided, "[extend]", {})
 
