@@ -9,9 +9,11 @@ from dataclasses import asdict
 from typing import Any
 
 from fireflyer.config import ModelConfig, load_config
+from fireflyer.config.sizes import show_bytes
 from fireflyer.cost import v3_run
 from fireflyer.cost.flops import mtp_training_flops_per_token, training_flops_per_token
 from fireflyer.cost.parameters import count_parameters
+from fireflyer.train.memory import run_memory
 from fireflyer.train.quantities import format_quantity
 from fireflyer.train.recipe import as_tables
 from fireflyer.train.schedule import schedule_table
@@ -29,6 +31,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "tokens": tokens,
         "schedule": None if tokens is None else [asdict(row) for row in schedule_table(recipe)],
         "train": _cost(recipe, tokens),
+        "memory_bytes": run_memory(recipe).total,
     }
 
 
@@ -58,6 +61,7 @@ def describe(facts: dict[str, Any]) -> str:
     lines = [
         f"{counts['total']:,} parameters, {counts['active']:,} active per token; {counts['mtp']:,} more for MTP",
         f"{train['gflop_per_token']:.4g} GFLOP per training token, {train['mtp_gflop_per_token']:.4g} more for MTP",
+        f"{show_bytes(facts['memory_bytes'])} of memory, about, on one process",
     ]
     if facts["schedule"] is None:
         length = f"{recipe['epochs']:g} epochs of the data"

@@ -23,6 +23,7 @@ V3_RATE, V3_COMPUTE = 2.2e-4, 3.5e24
 SMALLEST, LARGEST = 200_000, 2_000_000_000_000
 _WIDTH_STEP, _STEP = 16, 8
 _MINIMUM_STEPS = 100
+_EASY_ROWS = 8
 
 
 def parse_size(text: str) -> int:
@@ -56,6 +57,8 @@ def sized_settings(size: int, *, vocab_size: int | None, tokens: int | None, ste
         compute = (scale * steps * 0.2920) ** (1 / (1 - 0.3271))  # steps times the batch that this compute asks for
     tokens_of_run = compute / scale
     rows = max(1, round(min(_batch_tokens(compute), tokens_of_run / _MINIMUM_STEPS) / seq_len))
+    if rows >= 4 * _EASY_ROWS:  # a batch that ranks and micro-batches can share
+        rows = round(rows / _EASY_ROWS) * _EASY_ROWS
     rate = _rounded(V3_RATE * (V3_COMPUTE / compute) ** 0.075)
     settings: dict[str, Any] = {
         "batch_size": rows,
