@@ -1,6 +1,6 @@
 """What a recipe's run takes of memory on one process, and whether this machine has that much free. No torch.
 
-In: a Recipe. Out: bytes by what they are for, from cost/training_memory.py; a refusal before the run where they can't fit.
+In: a Recipe. Out: bytes by what they are for (cost/training_memory.py); a refusal before the run where they can't fit.
 """
 
 from __future__ import annotations
