@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import torch
 from fireflyer.checkpoint.hf import load_model
 from fireflyer.config import load_config
 from fireflyer.errors import Stopped, UserError
+from fireflyer.market.baselines import fit_lightgbm
 from fireflyer.market.features import bar_inputs, forward_returns, known_bars
 from fireflyer.market.folds import Fold
 from fireflyer.market.learning import BarLessons, balance_loss, draw
@@ -220,3 +224,22 @@ def test_the_shipped_recipe_is_its_own_text(tmp_path: Path) -> None:
 def test_what_cannot_be_honoured_is_refused(change: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_market_recipe(None, [change])
+
+
+_ELSEWHERE = """
+import hashlib, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_training import FOLD, PANEL, recipe
+from fireflyer.market.baselines import fit_lightgbm
+from fireflyer.market.training import train_fold
+train_fold(PANEL, FOLD, recipe(), sys.argv[1])
+print(hashlib.sha256(fit_lightgbm(PANEL, FOLD, 5).scores(PANEL).tobytes()).hexdigest())
+"""
+
+
+def test_another_process_trains_the_same_bits(trained: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _ELSEWHERE, str(tmp_path / "fold"), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert files(tmp_path / "fold") == files(trained)
+    assert done.stdout.split() == [hashlib.sha256(fit_lightgbm(PANEL, FOLD, 5).scores(PANEL).tobytes()).hexdigest()]
