@@ -80,3 +80,15 @@ def test_an_unknown_part_names_those_there_are(capsys: pytest.CaptureFixture[str
     assert main(["no-such-part"]) == 2
     assert "no proof 'no-such-part'" in capsys.readouterr().err
     assert not any(part.startswith("_") for part in parts())
+
+
+def test_without_a_card_the_measurement_of_fp8_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.gpu import fp8
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert fp8.main() == 2
+    assert capsys.readouterr().err == (
+        "benchmarks.gpu.fp8: no CUDA card on this machine; run it where there is a Hopper card\n"
+    )
