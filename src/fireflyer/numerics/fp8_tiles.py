@@ -2,7 +2,8 @@
 
 In: a matrix of activations or gradients, (rows, columns), or a stack of weights; the tile: 1 x 128 along the axis that
 a product sums over, 128 x 128 for weights. Out: `Tiled`, and back. Scales are taken online, from the matrix itself.
-Where a matrix is later tiled the other way, its scales are powers of two: then e4m3's mantissas stay what they are.
+Where a matrix is later tiled the other way, its scales are powers of two: then e4m3's mantissas stay what they are, but
+for numbers that are subnormal by one of the two scales.
 """
 
 from __future__ import annotations
