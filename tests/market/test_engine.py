@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
+from math import floor
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ from fireflyer.errors import UserError
 from fireflyer.market.account import StockAccount
 from fireflyer.market.engine import BacktestResult, BacktestSettings, backtest, why_nothing
 from fireflyer.market.futures import FuturesAccount
+from fireflyer.market.orders import FutureTrade
 from fireflyer.market.panel import Floats, Panel
 from fireflyer.market.portfolio import Decision, TopK
-from fireflyer.market.rules import CONTRACTS, IF_2017, last_trading_day, listed_months
+from fireflyer.market.rules import contract_on, last_trading_day, listed_months
 from fireflyer.market.synthetic import synthetic_panel
 
 PANEL = synthetic_panel(4, days=160, names=40, signal=0.2)
@@ -140,53 +143,95 @@ def test_the_portfolio_by_hand() -> None:
     assert priority[4] == -np.inf
 
 
+SESSIONS = np.busday_offset(np.datetime64("2024-01-02"), np.arange(80)).astype("datetime64[D]")
+
+
 def test_index_futures_by_hand() -> None:
-    """Two contracts sold at 3,000.0, a day at 2,990.2, closed at 3,010.0; IF, 300 yuan a point."""
-    sessions = np.busday_offset(np.datetime64("2024-01-02"), np.arange(80)).astype("datetime64[D]")
-    account = FuturesAccount(CONTRACTS["IF"], 1_000_000_00)
-    account.settle(sessions[0], 3000.0, hedged_fen=1_800_000_00)
-    assert account.count == -2
-    opening = round(3000.0 * 300 * 2 * 0.253e-4 * 100)
+    """Decided at 3,000.0: two contracts sold a day later at 2,990.2, closed at 3,010.0; IF, 300 yuan a point."""
+    account = FuturesAccount("IF", 1_000_000_00)
+    assert account.settle(SESSIONS[0], 0, 3000.0, hedged_fen=1_800_000_00) == []
+    assert (account.count, account.target) == (0, -2)
+    (sold,) = account.settle(SESSIONS[1], 1, 2990.2, hedged_fen=1_800_000_00)
+    opening = round(2990.2 * 300 * 2 * 0.253e-4 * 100)
+    assert sold == FutureTrade("IF2401", -2, 2990.2, opening, 1)
     assert account.value_fen == 1_000_000_00 - opening
-    account.settle(sessions[1], 2990.2, hedged_fen=1_800_000_00)
-    assert account.value_fen == 1_000_000_00 - opening + round(9.8 * 300 * 2 * 100)
-    account.settle(sessions[2], 3010.0, hedged_fen=0)
+    assert account.settle(SESSIONS[2], 2, 3000.0, hedged_fen=0) == []
+    assert account.value_fen == 1_000_000_00 - opening - round(9.8 * 300 * 2 * 100)
+    (bought,) = account.settle(SESSIONS[3], 3, 3010.0, hedged_fen=0)
     closing = round(3010.0 * 300 * 2 * 0.253e-4 * 100)
-    assert account.count == 0
-    assert account.value_fen == 1_000_000_00 - opening - closing - round(10.0 * 300 * 2 * 100)
+    assert (bought.count, bought.fee_fen, account.count) == (2, closing, 0)
+    assert account.value_fen == 1_000_000_00 - opening - closing - round(19.8 * 300 * 2 * 100)
     assert account.fees_fen == opening + closing
 
 
 def test_the_recorded_fee_of_january_2017() -> None:
-    """IF1701 at 2445.6: 18.562 yuan; closing on the same day took 23 bp."""
-    assert IF_2017.fee_yuan(2445.6, 1) == pytest.approx(18.562, abs=5e-4)
-    assert IF_2017.fee_yuan(2445.6, 1, closing=True, today=True) == pytest.approx(2445.6 * 300 * 23e-4)
-    assert IF_2017.margin_fen(2445.6, -1) == round(2445.6 * 300 * 0.4 * 100)
+    """IF1701 at 2445.6: 18.562 yuan; the margin was 40 %, and closing on the same day took 23 bp."""
+    day = np.datetime64("2017-01-12")
+    terms = contract_on("IF", day)
+    assert terms.fee_fen(2445.6, 1) == pytest.approx(1856.2, abs=5e-2)
+    assert terms.fee_fen(2445.6, 1, closing=True, today=True) == pytest.approx(2445.6 * 300 * 23e-4 * 100)
+    assert terms.margin_fen(2445.6, -1) == round(2445.6 * 300 * 0.4 * 100)
+    account = FuturesAccount("IF", 1_000_000_00, month="2017-01", settled=2445.6)
+    trade = account.trade(day, 0, 2445.6, 2445.6, 1)
+    assert (trade.contract, trade.fee_fen, account.value_fen) == ("IF1701", 18_56, 1_000_000_00 - 18_56)
 
 
-def test_margin_bounds_the_hedge() -> None:
-    sessions = np.busday_offset(np.datetime64("2024-01-02"), np.arange(30)).astype("datetime64[D]")
-    account = FuturesAccount(CONTRACTS["IC"], 400_000_00)
-    account.settle(sessions[0], 5000.0, hedged_fen=100_000_000_00)
+def test_terms_have_their_dates() -> None:
+    found = [contract_on("IF", np.datetime64(day)).margin for day in ("2015-09-06", "2015-09-07", "2024-01-02")]
+    assert found == [0.12, 0.40, 0.12]
+    assert [contract_on(code, SESSIONS[0]).multiplier for code in ("IF", "IH", "IC", "IM")] == [300, 300, 200, 200]
+    with pytest.raises(UserError, match="IM futures are traded since 2022-07-22"):
+        backtest(PANEL, reversal(PANEL), BacktestSettings(mode="market-neutral", future="IM"))
+
+
+def test_margin_bounds_the_hedge_and_a_loss_cuts_it() -> None:
+    account = FuturesAccount("IC", 300_000_00)
+    account.settle(SESSIONS[0], 0, 5000.0, hedged_fen=100_000_000_00)
+    account.settle(SESSIONS[1], 1, 5000.0, hedged_fen=100_000_000_00)
     assert account.count == -2  # 140,000 yuan each
-    assert account.value_fen >= CONTRACTS["IC"].margin_fen(5000.0, 2)
+    account.settle(SESSIONS[2], 2, 5100.0, hedged_fen=100_000_000_00)  # 40,000 yuan lost
+    assert account.count == -1
+    assert account.value_fen >= contract_on("IC", SESSIONS[2]).margin_fen(5100.0, 1)
 
 
-def test_a_thousand_random_days_of_futures_balance() -> None:
-    for stream in range(50):
+def test_limits_are_the_contracts_and_prices_in_ticks() -> None:
+    account = FuturesAccount("IF", 10_000_000_00)
+    account.settle(SESSIONS[0], 0, 3000.07, hedged_fen=900_000_00)
+    assert account.settled == 3000.0
+    (refused,) = account.settle(SESSIONS[1], 1, 2700.0, hedged_fen=900_000_00)
+    assert (refused.refused, refused.count, account.count) == ("at the lower limit", 0, 0)
+    (sold,) = account.settle(SESSIONS[2], 2, 2700.2, hedged_fen=0)
+    assert (sold.refused, sold.count) == (None, -1)
+    (refused,) = account.settle(SESSIONS[3], 3, 2970.2, hedged_fen=0)
+    assert (refused.refused, account.count) == ("at the upper limit", -1)
+    assert account.value_fen == 10_000_000_00 - sold.fee_fen - round(270.0 * 300 * 100)
+
+
+def test_a_thousand_random_streams_of_futures_balance() -> None:
+    """What every trade gained, from its own points to the last, less fees: nothing else moves the account's cash."""
+    traded = 0
+    for stream in range(1000):
         rng = np.random.default_rng(stream)
-        sessions = np.busday_offset(np.datetime64("2024-01-02"), np.arange(20)).astype("datetime64[D]")
-        contract = CONTRACTS[("IF", "IH", "IC", "IM")[stream % 4]]
-        account = FuturesAccount(contract, 50_000_000_00)
-        points = np.round(np.cumsum(rng.normal(0, 30, 20)) + 4000, 1)
-        gains, count = 0, 0
+        code = ("IF", "IH", "IC", "IM")[stream % 4]
+        multiplier = (300, 300, 200, 200)[stream % 4]
+        start = int(rng.integers(500_000_00, 50_000_000_00))
+        account = FuturesAccount(code, start)
+        points = np.round(np.cumsum(rng.normal(0, 60, 20)) / 0.2) * 0.2 + 4000
+        trades = []
         for row in range(20):
-            if row:
-                gains += round((points[row] - points[row - 1]) * contract.multiplier * count * 100)
-            account.settle(sessions[row], float(points[row]), hedged_fen=int(rng.integers(0, 40_000_000_00)))
-            count = account.count
-        assert account.value_fen == 50_000_000_00 + gains - account.fees_fen
-        assert account.gains_fen == gains
+            done = account.settle(
+                SESSIONS[row], row, float(points[row]), hedged_fen=int(rng.integers(0, 40_000_000_00))
+            )
+            trades += done
+            held = sum(trade.count for trade in trades)
+            gains = sum(round((account.settled - trade.points) * 5) * multiplier * 20 * trade.count for trade in trades)
+            assert account.count == held <= 0
+            assert account.value_fen == start + gains - account.fees_fen
+            assert account.fees_fen == sum(trade.fee_fen for trade in trades)
+            exact = [Fraction(round(t.points * 5), 5) * multiplier * abs(t.count) * Fraction(253, 10**7) for t in done]
+            assert [t.fee_fen for t in done] == [floor(fee * 100 + Fraction(1, 2)) for fee in exact]
+        traded += len(trades)
+    assert traded > 10_000
 
 
 def test_expiry_is_the_third_friday_and_positions_roll_before_it() -> None:
@@ -197,10 +242,10 @@ def test_expiry_is_the_third_friday_and_positions_roll_before_it() -> None:
     with pytest.raises(UserError, match="the sessions end on"):
         last_trading_day("2025-02", sessions)
     assert listed_months(np.datetime64("2024-01-10")) == ["2024-01", "2024-02", "2024-03", "2024-06"]
-    account = FuturesAccount(CONTRACTS["IF"], 10_000_000_00)
+    account = FuturesAccount("IF", 10_000_000_00)
     months = []
     for row in range(50):
-        account.settle(sessions[row], 3500.0, hedged_fen=5_000_000_00)
+        account.settle(sessions[row], row, 3500.0, hedged_fen=5_000_000_00)
         months.append(account.month)
     assert months[0] == "2024-01"
     assert [month for row, month in enumerate(months) if row == 0 or month != months[row - 1]] == [

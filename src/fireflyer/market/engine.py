@@ -17,10 +17,10 @@ from fireflyer.errors import UserError
 from fireflyer.market.account import FILL_PRICES, Counts, Exchange, StockAccount
 from fireflyer.market.futures import FuturesAccount
 from fireflyer.market.mean_risk import MeanRisk
-from fireflyer.market.orders import Fill, Order, Rejection, order_hash
+from fireflyer.market.orders import Fill, FutureTrade, Order, Rejection, order_hash
 from fireflyer.market.panel import Dates, Floats, Panel
 from fireflyer.market.portfolio import Decision, TopK
-from fireflyer.market.rules import CONTRACTS, Fees
+from fireflyer.market.rules import CODES, Fees, contract_on, round_fen
 
 Mode = Literal["long-only", "index enhancement", "market-neutral"]
 MODES: tuple[Mode, ...] = ("long-only", "index enhancement", "market-neutral")
@@ -48,8 +48,8 @@ class BacktestSettings:
             raise UserError(f"mode = {self.mode!r}; it can be {', '.join(MODES)}")
         if self.fill not in FILL_PRICES:
             raise UserError(f"fill = {self.fill!r}; it can be {', '.join(FILL_PRICES)}")
-        if self.future not in CONTRACTS:
-            raise UserError(f"future = {self.future!r}; there are {', '.join(CONTRACTS)}")
+        if self.future not in CODES:
+            raise UserError(f"future = {self.future!r}; there are {', '.join(CODES)}")
         if self.cash_fen <= 0:
             raise UserError(f"cash = {self.cash_fen / 100:.2f} yuan buys nothing; give more than 0")
 
@@ -70,12 +70,13 @@ class BacktestResult:
     orders: list[Order]
     fills: list[Fill]
     rejections: list[Rejection]
+    futures_trades: list[FutureTrade]
     same_bar: bool
     index_close: Floats
 
     @property
     def order_hash(self) -> str:
-        return order_hash(self.orders)
+        return order_hash(self.orders, self.futures_trades)
 
     def returns(self) -> Floats:
         """(D,) simple, net of everything; the first is 0."""
@@ -94,6 +95,7 @@ class Day:
     orders: list[Order]
     fills: list[Fill]
     rejections: list[Rejection]
+    futures_trades: list[FutureTrade]
     cash: int
     holdings: int
     futures: int
@@ -105,15 +107,17 @@ class Day:
 class Desk:
     """An account and what it will do tomorrow, session by session: the backtest's, and that of trading on paper.
 
-    It reads nothing of a panel beyond the session it is told of.
+    It reads nothing of a panel beyond the session it is told of. Raises UserError for a future that wasn't traded yet.
     """
 
     def __init__(self, panel: Panel, settings: BacktestSettings) -> None:
+        if settings.mode == "market-neutral":
+            contract_on(settings.future, panel.dates[0])
         self._panel, self._settings = panel, settings
         self._exchange = Exchange(panel, settings.fees, settings.fill)
         margin = settings.cash_fen * settings.futures_share if settings.mode == "market-neutral" else 0
         self.account = StockAccount.of(len(panel.symbols), settings.cash_fen - int(margin))
-        self.futures = FuturesAccount(CONTRACTS[settings.future], int(margin))
+        self.futures = FuturesAccount(settings.future, int(margin))
         self._pending: tuple[Counts, Floats, int] | None = None
 
     def day(self, row: int, scores_N: Floats) -> Day:
@@ -131,12 +135,15 @@ class Desk:
         if self._pending is not None and settings.same_bar:
             done, refused = self._exchange.trade(account, row, *self._pending)
             fills, rejections = fills + done, rejections + refused
+        trades: list[FutureTrade] = []
         if settings.mode == "market-neutral":
-            futures.settle(self._panel.dates[row], float(self._panel.index_close[row]), hedged_fen=account.value_fen())
+            date, points = self._panel.dates[row], float(self._panel.index_close[row])
+            trades = futures.settle(date, row, points, hedged_fen=account.value_fen() + self._asked_fen())
         return Day(
             orders=orders,
             fills=fills,
             rejections=rejections,
+            futures_trades=trades,
             cash=account.cash_fen,
             holdings=account.value_fen(),
             futures=futures.value_fen,
@@ -185,7 +192,7 @@ class Desk:
                 name = column(symbol)
                 account.held[name], account.last_price[name] = held, price
                 account.last_row[name] = self._panel.row(date)
-        self.futures = FuturesAccount(self.futures.contract, **state["futures"])
+        self.futures = FuturesAccount(**state["futures"])
         self._pending = None
         if state["pending"] is not None:
             shares = np.zeros(len(place), np.int64)
@@ -193,6 +200,14 @@ class Desk:
             for symbol, count, first in state["pending"]["orders"]:
                 shares[column(symbol)], priority[column(symbol)] = count, first
             self._pending = (shares, priority, self._panel.row(state["pending"]["row"]))
+
+    def _asked_fen(self) -> int:
+        """What the orders for the next session would add to the holdings, at today's prices."""
+        if self._pending is None or self._settings.same_bar:
+            return 0
+        shares = self._pending[0]
+        asked = np.flatnonzero(shares)
+        return round_fen(float(shares[asked] @ self.account.last_price[asked]) * 100)
 
     def _decide(self, row: int, scores_N: Floats) -> list[Order]:
         self._pending = None
@@ -222,6 +237,7 @@ def backtest(panel: Panel, scores: Floats, settings: BacktestSettings) -> Backte
         orders=[order for day in days for order in day.orders],
         fills=[fill for day in days for fill in day.fills],
         rejections=[rejection for day in days for rejection in day.rejections],
+        futures_trades=[trade for day in days for trade in day.futures_trades],
         same_bar=settings.same_bar,
         index_close=panel.index_close,
         **money,

@@ -1,4 +1,4 @@
-"""What was asked of the market and what came of it: orders, fills and rejections, and one hash over all of them."""
+"""What was asked of the market and what came of it: orders, fills and rejections, futures, and one hash over them."""
 
 from __future__ import annotations
 
@@ -52,9 +52,23 @@ class Rejection:
     reason: Reason
 
 
-def order_hash(orders: Iterable[Order]) -> str:
-    """SHA-256 over the orders in their order: equal for equal decisions, in any process."""
+@dataclass(frozen=True)
+class FutureTrade:
+    """Index contracts, as "IC2402", bought or (below 0) sold, decided a session before; refused: none were, and why."""
+
+    contract: str
+    count: int
+    points: float
+    fee_fen: int
+    fill_row: int
+    refused: Reason | None = None
+
+
+def order_hash(orders: Iterable[Order], futures: Iterable[FutureTrade] = ()) -> str:
+    """SHA-256 over the orders in their order, then the futures': equal for equal decisions, in any process."""
     digest = hashlib.sha256()
     for order in orders:
         digest.update(f"{order.signal_row} {order.symbol} {order.shares}\n".encode())
+    for trade in futures:
+        digest.update(f"{trade.fill_row} {trade.contract} {trade.count}\n".encode())
     return digest.hexdigest()

@@ -31,6 +31,9 @@ create table if not exists orders (date text, symbol text, shares integer);
 create table if not exists fills (
     date text, symbol text, shares integer, price real, money_fen integer, fee_fen integer, decided text, forced integer
 );
+create table if not exists futures (
+    date text, contract text, count integer, points real, fee_fen integer, refused text
+);
 create table if not exists rejections (date text, symbol text, shares integer, decided text, reason text);
 """
 
@@ -119,6 +122,7 @@ def _begun(
     row = int(np.argmax(scored)) if start is None else panel.row(start)
     if row == len(panel.dates):
         raise UserError(f"--start {start}: after the last session there is, {panel.dates[-1]}")
+    Desk(panel.slice(row, row + 1), settings)  # what it refuses is refused before anything is written
     with book:
         book.execute("insert into meta values ('settings', ?)", (words,))
         book.execute("insert into meta values ('start', ?)", (str(panel.dates[row]),))
@@ -160,4 +164,8 @@ def _book(book: sqlite3.Connection, panel: Panel, date: str, row: int, day: Day)
     book.executemany(
         "insert into rejections values (?, ?, ?, ?, ?)",
         [(date, r.symbol, r.shares, str(panel.dates[r.signal_row]), r.reason) for r in day.rejections],
+    )
+    book.executemany(
+        "insert into futures values (?, ?, ?, ?, ?, ?)",
+        [(date, t.contract, t.count, t.points, t.fee_fen, t.refused) for t in day.futures_trades],
     )
