@@ -1,0 +1,48 @@
+"""qlib's daily backtest of the same scores over the same bars; run by the Python that FIREFLYER_QLIB_PYTHON names.
+
+`python benchmarks/_qlib.py STORE SCORES.npz`: prints one JSON object. Its top-k/drop-n at the close, with its own
+limits and costs; what is timed includes the exchange's reading of the store, as a user's call of it does.
+"""
+
+import json
+import sys
+import time
+
+
+def main() -> None:
+    """The better of two runs, the second with its caches full."""
+    import numpy as np
+    import pandas as pd
+    import qlib  # pyright: ignore[reportMissingImports]
+    from qlib.contrib.evaluate import backtest_daily  # pyright: ignore[reportMissingImports]
+    from qlib.contrib.strategy import TopkDropoutStrategy  # pyright: ignore[reportMissingImports]
+
+    qlib.init(provider_uri=sys.argv[1], region="cn", kernels=1)
+    with np.load(sys.argv[2]) as given:
+        dates, names, scores = pd.DatetimeIndex(given["dates"]), given["names"], given["scores"]
+    index = pd.MultiIndex.from_product([dates, names], names=["datetime", "instrument"])
+    signal = pd.Series(scores.ravel(), index).dropna()
+    costs = {
+        "deal_price": "close",
+        "limit_threshold": 0.095,
+        "open_cost": 0.00025,
+        "close_cost": 0.00075,
+        "min_cost": 5,
+    }
+    seconds = []
+    for _ in range(2):
+        began = time.perf_counter()
+        report, _ = backtest_daily(
+            str(dates[0].date()),
+            str(dates[-2].date()),  # on the last session of its calendar it raises
+            TopkDropoutStrategy(signal=signal, topk=50, n_drop=5),
+            account=10_000_000,
+            benchmark=str(names[0]),
+            exchange_kwargs={**costs, "codes": names.tolist()},
+        )
+        seconds.append(time.perf_counter() - began)
+    print(json.dumps({"seconds": min(seconds), "sessions": len(report), "version": qlib.__version__}))
+
+
+if __name__ == "__main__":
+    main()
