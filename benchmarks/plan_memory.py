@@ -1,6 +1,6 @@
 """What `fireflyer plan` says a rank takes against what processes take: their resident memory, at its peak.
 
-Five layouts of at least 1 GiB of state, each in a process of its own: a model is built and trained for a step of two
+Six layouts of at least 1 GiB of state, each in a process of its own: a model is built and trained for a step of two
 micro-batches as V3 is, with bf16 moments, fp32 masters and gradients, and products in bf16 or in emulated FP8. Growth
 is the peak over what the process took with torch loaded and a tiny model trained. oneDNN, which computes bf16 products
 on a CPU, would keep a compiled product for every number of rows that an expert ever had: it is told not to.
@@ -90,9 +90,10 @@ WIDE = {"hidden_size": 1024, "num_hidden_layers": 4, "n_routed_experts": 16, "vo
 CASES = (
     Case("V3's form, 8 layers", "fp8", "none", 4, 256),
     Case("V3's form, 8 layers", "fp8", "full", 4, 256),
+    Case("14 layers without MTP", "fp8", "none", 2, 256, DEEP),
+    Case("4 wide layers, more words", "fp8", "none", 2, 256, WIDE),
+    Case("4 wide layers, more words", "fp8", "full", 4, 256, WIDE),
     Case("V3's form, 8 layers", "bf16", "none", 4, 256),
-    Case("14 layers without MTP", "fp8", "none", 4, 256, DEEP),
-    Case("4 wide layers, more words", "bf16", "full", 4, 256, WIDE),
 )
 
 
