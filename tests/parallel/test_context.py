@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from fireflyer.errors import UserError
-from fireflyer.parallel.context import Sequences, check_context, context_trunk, head_tail_places, sequence_part
+from fireflyer.parallel.context import Sequences, head_tail_places, sequence_part
+from fireflyer.parallel.layout import check_context
 from tests.gloo_ranks import Ranks
 from tests.parallel_case import ALPHA, MTP_WEIGHT, Case, Result, assert_same, counts, gradients, one_process
 
@@ -28,7 +29,7 @@ def shared_out(case: Case, cp: int) -> Result:
     model, batch = case.model(), case.batch()
     part = sequence_part(case.tokens, group, "cpu")
     sequences = Sequences(batch.ids, batch.positions, batch.documents, part)
-    out = context_trunk(model, sequences, recompute=case.recompute)
+    out = model.trunk_of(sequences, recompute=case.recompute)
     terms = case.loss(model, out, batch, part=part)
     terms.total(MTP_WEIGHT, ALPHA).backward()
     sums = torch.stack([terms.main, terms.mtp, terms.balance]).detach()

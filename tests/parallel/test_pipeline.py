@@ -12,8 +12,9 @@ import torch.distributed as dist
 from fireflyer.config import load_config
 from fireflyer.data.packing import Batch
 from fireflyer.errors import UserError
-from fireflyer.parallel.pipeline import Pipeline, StageResult, StageSettings
-from fireflyer.parallel.stages import check_micro_batches, cut_evenly, plan_stages
+from fireflyer.parallel.pipeline import Pipeline
+from fireflyer.parallel.stage_loss import StageResult
+from fireflyer.parallel.stages import PipelineSettings, check_micro_batches, cut_evenly, plan_stages
 from fireflyer.train.losses import balance_loss
 from tests.gloo_ranks import Ranks
 from tests.parallel_case import ALPHA, MTP_WEIGHT, Case, Result, assert_same, counts, gradients, one_process
@@ -26,14 +27,14 @@ def ranks():
     ranks.close()
 
 
-def stage_loss(case: Case, model):
+def stage_loss(case: Case, config):
     def loss(batch, out, head_weight, part) -> StageResult:
         if head_weight is None:
-            per_tok = model.config.num_experts_per_tok
+            per_tok = config.num_experts_per_tok
             balance = balance_loss(out.routing, num_experts_per_tok=per_tok, rows_in_batch=case.rows, part=part)
             return StageResult(ALPHA * balance, {"balance": balance}, out.routing)
         documents = batch.document_ids_BT if case.documents else None
-        terms = case.loss_of(head_weight, model.config, out, batch.labels_BT, documents, part)
+        terms = case.loss_of(head_weight, config, out, batch.labels_BT, documents, part)
         values = {"main": terms.main, "mtp": terms.mtp, "balance": terms.balance}
         return StageResult(terms.total(MTP_WEIGHT, ALPHA), values, out.routing)
 
@@ -52,14 +53,18 @@ def piped(case: Case, schedule: str, pp: int, cp: int, steps: int = 1) -> tuple[
     )
     model, batch = case.model(), case.batch()
     config = model.config
-    plan = plan_stages(config, schedule, pp)
-    settings = StageSettings(config, stage_loss(case, model), case.documents, case.recompute)
-    pipeline = Pipeline(model, plan, group, settings, context if cp > 1 else None)
+    settings = PipelineSettings(schedule, case.documents, case.recompute)
+    pipeline = Pipeline(model, settings, group, context if cp > 1 else None)
     documents = batch.documents if batch.documents is not None else torch.zeros_like(batch.ids)
+    loss = stage_loss(case, config)
     found: list[StageResult] = []
     for _ in range(steps):
         model.zero_grad()
-        found = pipeline.step(Batch(batch.ids, batch.labels, batch.positions, documents), case.micro_batch)
+        rows = Batch(batch.ids, batch.labels, batch.positions, documents)
+        seen = [sum(float(r.values["balance"]) for r in pipeline.forward_only(rows, loss))]
+        found = pipeline.step(rows, case.micro_batch, loss)
+        seen.append(sum(float(r.values["balance"]) for r in found))
+        assert abs(seen[0] - seen[1]) < 1e-5, seen
     sums = torch.zeros(3, dtype=torch.float64)
     for result in found:
         sums += torch.stack([result.values.get(name, sums[0] * 0).double() for name in ("main", "mtp", "balance")])

@@ -41,7 +41,8 @@ SHAPE = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 3,
     "first_k_dense_replace": 1, "num_attention_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4,
-    "topk_group": 2, "num_nextn_predict_layers": 1, "initializer_range": 0.2, "quantization_config": None, "rope_scaling": None,
+    "topk_group": 2, "num_nextn_predict_layers": 1, "initializer_range": 0.2, "quantization_config": None,
+    "rope_scaling": None,
 }  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def trained(layout: Layout, dtype: torch.dtype) -> Seen:
     ranks: Peers = Alone() if layout.world == 1 else Many(layout, "cpu")
     model = new_model(dtype)
     if isinstance(ranks, Many):
-        shard.shard_(model, ranks)
+        shard.shard_(model, ranks, [model])
     named = dict(model.named_parameters())
     optimizer = DecoderOptimizer(model, OptimizerSettings())
     losses, norms, first = [], [], {}

@@ -8,9 +8,9 @@ import pytest
 from tiny_run import checkpoint_bytes, tiny_recipe, write_text
 
 from fireflyer.checkpoint.run import newest_good_checkpoint
+from fireflyer.train.extension import ExtendSettings
 from fireflyer.train.loop import train
 from fireflyer.train.post_training_settings import DistillSettings, GrpoSettings
-from fireflyer.train.extension import ExtendSettings
 from fireflyer.train.recipe import known_keys
 
 STEPS = 4
@@ -48,7 +48,7 @@ OTHERWISE_TESTED = {
     | {"eval_data", "eval_rows", "eval_samples", "log_every", "device", "compile", "threads", "init_from"},
     "what is read": {"data.sources", "data.tokenizer", "data.encoding_errors", "data.text_column"},
     "no effect on the weights": {"ema.decay", "parallel.micro_batch_size", "parallel.recompute"}
-    | {f"parallel.{name}" for name in ("pp", "dp", "cp", "ep", "zero")},
+    | {f"parallel.{name}" for name in ("pp", "dp", "cp", "ep", "zero", "schedule", "stages")},
     "context extension": {"extend"} | {f"extend.{name}" for name in ExtendSettings.model_fields},
     "post-training": {"lora.rank", "lora.alpha", "lora.targets", "lora.experts"}
     | {"dpo.beta", "dpo.label_smoothing", "dpo.normalize_length"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,36 @@ class DecoderOutput:
 
     logits: Tensor
     mtp_logits: list[Tensor]
+
+
+class TokenRows(Protocol):
+    """Tokens i of a call, and what must be known of their sequences."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of a whole sequence."""
+        ...
+
+    def ids(self, depth: int = 0) -> Tensor:
+        """(B, T') the tokens i + depth, of those i that have one; these come first among the i."""
+        ...
+
+    def attention(self, config: ModelConfig, depth: int = 0) -> AttentionInputs:
+        """How those tokens i attend."""
+        ...
+
+
+class Tail(Protocol):
+    """What follows the last layer, as `DecoderStack` has it."""
+
+    @property
+    def embed_tokens(self) -> nn.Module: ...
+
+    @property
+    def norm(self) -> nn.Module: ...
+
+    @property
+    def mtp(self) -> nn.ModuleList: ...
 
 
 class DecoderStack(nn.Module):
@@ -187,6 +218,13 @@ class Decoder(nn.Module):
         mtp_hidden = run_mtp(self.model.mtp, hidden_BTD, depths, recompute, routing)
         return TrunkOutput(hidden_BTD, mtp_hidden, routing)
 
+    def trunk_of(self, tokens: TokenRows, *, recompute: bool = False) -> TrunkOutput:
+        """`trunk` where only some tokens of each sequence are here, and others are elsewhere."""
+        routing: list[Routing] = []
+        inputs = tokens.attention(self.config)
+        hidden_BTD = run_layers(self.model.layers, self.embed(tokens.ids()), inputs, recompute, routing)
+        return run_tail(self.config, self.model, hidden_BTD, tokens, recompute, routing)
+
     def mtp_step(
         self,
         depth: int,
@@ -251,6 +289,18 @@ def run_mtp(
         hidden_BTD = _run(module, recompute, routing, hidden_BTD[:, : embeds_BTD.shape[1]], embeds_BTD, inputs)
         mtp_hidden.append(hidden_BTD)
     return mtp_hidden
+
+
+def run_tail(
+    config: ModelConfig, tail: Tail, hidden_BTD: Tensor, tokens: TokenRows, recompute: bool, routing: list[Routing]
+) -> TrunkOutput:
+    """From the last layer's output on."""
+    hidden_BTD = tail.norm(hidden_BTD)
+    depths = [
+        (tail.embed_tokens(tokens.ids(depth)), tokens.attention(config, depth))
+        for depth in range(1, min(len(tail.mtp), tokens.num_tokens - 1) + 1)
+    ]
+    return TrunkOutput(hidden_BTD, run_mtp(tail.mtp, hidden_BTD, depths, recompute, routing), routing)
 
 
 def _run(module: nn.Module, recompute: bool, routing: list[Routing], *args: Tensor | AttentionInputs) -> Tensor:

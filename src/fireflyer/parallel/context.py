@@ -12,20 +12,18 @@ places only; no rope dimension appears here).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
 from fireflyer.config import ModelConfig
-from fireflyer.errors import UserError
 from fireflyer.model.attention import AttentionGroup, AttentionInputs
-from fireflyer.model.decoder import Decoder, TrunkOutput, rotary, run_layers, run_mtp
-from fireflyer.model.experts import Routing
+from fireflyer.model.decoder import rotary
 
 
 def head_tail_places(num_tokens: int, ranks: int) -> Tensor:
@@ -36,23 +34,6 @@ def head_tail_places(num_tokens: int, ranks: int) -> Tensor:
     """
     pieces_RX = torch.arange(num_tokens).view(2 * ranks, -1)
     return torch.cat((pieces_RX[:ranks], pieces_RX.flip(0)[:ranks]), dim=1)
-
-
-def check_context(cp: int, seq_lens: list[int], mtp_depth: int) -> None:
-    """Raises UserError where sequences of these lengths can't be cut for cp ranks: which number, and what would do."""
-    for seq_len in seq_lens:
-        if cp > 1 and seq_len % (2 * cp):
-            lower = seq_len // (2 * cp) * 2 * cp
-            would = f"{lower} or {lower + 2 * cp}" if lower else f"{2 * cp}"
-            raise UserError(
-                f"parallel.cp = {cp} cuts a sequence into {2 * cp} equal pieces, and seq_len = {seq_len} doesn't divide"
-                f" by {2 * cp}; {would} would"
-            )
-        if cp > 1 and seq_len // (2 * cp) <= mtp_depth:
-            raise UserError(
-                f"parallel.cp = {cp} leaves pieces of {seq_len // (2 * cp)} tokens, too short for"
-                f" model.num_nextn_predict_layers = {mtp_depth}; seq_len = {2 * cp * (mtp_depth + 1)} would do"
-            )
 
 
 @dataclass(frozen=True)
@@ -109,20 +90,43 @@ class _GatheredLatents:
 
     def extend(self, layer_index: int, latent_BTC: Tensor, positions_BT: Tensor, num_slots: int) -> Tensor:
         filled_BTC = F.pad(latent_BTC, (0, 0, 0, self._rows - latent_BTC.shape[1]))
-        # Its gradient is a reduce-scatter: each token's, summed over the ranks that read it.
-        latent_BSC = all_gather_tensor_autograd(filled_BTC.contiguous(), 1, self._group)
+        latent_BSC = _Gather.apply(filled_BTC, self._group).transpose(0, 1).flatten(1, 2)
         return latent_BSC.index_select(1, self._order_S)
+
+
+class _Gather(torch.autograd.Function):
+    """(B, T, C) of every rank, (R, B, T, C); its gradient is each token's, summed over the ranks that read it."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTC: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        x_RBTC = x_BTC.new_empty(group.size(), *x_BTC.shape)
+        dist.all_gather(list(x_RBTC.unbind()), x_BTC.contiguous(), group=group)
+        return x_RBTC
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, None]:
+        grad_BTC = grads[0].new_empty(grads[0].shape[1:])
+        dist.reduce_scatter(grad_BTC, list(grads[0].contiguous().unbind()), group=ctx.group)
+        return grad_BTC, None
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Whole rows of token ids, and the part of them that is computed here."""
+    """`TokenRows` of whole rows and the part of them that is computed here."""
 
     input_ids_BS: Tensor
     positions_BS: Tensor
     document_ids_BS: Tensor | None
     """None: tokens of all documents see each other."""
     part: SequencePart
+
+    @property
+    def num_tokens(self) -> int:
+        return self.part.num_tokens
 
     def ids(self, depth: int = 0) -> Tensor:
         """(B, T') the tokens i + depth of this rank's tokens i."""
@@ -148,37 +152,3 @@ class Sequences:
             documents_BS = self.document_ids_BS[:, :rows]
             mask_BTS = mask_BTS & (self.part.own(documents_BS)[:, :, None] == documents_BS[:, None, :])
         return mask_BTS
-
-
-class Tail(Protocol):
-    """The modules that follow the last layer, as `DecoderStack` names them."""
-
-    @property
-    def embed_tokens(self) -> nn.Module: ...
-
-    @property
-    def norm(self) -> nn.Module: ...
-
-    @property
-    def mtp(self) -> nn.ModuleList: ...
-
-
-def run_tail(
-    config: ModelConfig, tail: Tail, hidden_BTD: Tensor, sequences: Sequences, recompute: bool, routing: list[Routing]
-) -> TrunkOutput:
-    """What follows the last layer, on this rank's tokens."""
-    hidden_BTD = tail.norm(hidden_BTD)
-    depths = [
-        (tail.embed_tokens(sequences.ids(depth)), sequences.attention(config, depth))
-        for depth in range(1, min(len(tail.mtp), sequences.part.num_tokens - 1) + 1)
-    ]
-    mtp_hidden = run_mtp(tail.mtp, hidden_BTD, depths, recompute, routing)
-    return TrunkOutput(hidden_BTD, mtp_hidden, routing)
-
-
-def context_trunk(model: Decoder, sequences: Sequences, *, recompute: bool = False) -> TrunkOutput:
-    """`Decoder.trunk` of the tokens that are this rank's."""
-    routing: list[Routing] = []
-    inputs = sequences.attention(model.config)
-    hidden_BTD = run_layers(model.model.layers, model.embed(sequences.ids()), inputs, recompute, routing)
-    return run_tail(model.config, model.model, hidden_BTD, sequences, recompute, routing)

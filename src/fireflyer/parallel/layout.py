@@ -84,6 +84,23 @@ def check_layout(layout: Layout, config: ModelConfig, *, batch_sizes: list[int],
             )
 
 
+def check_context(cp: int, seq_lens: list[int], mtp_depth: int) -> None:
+    """Raises UserError where sequences of these lengths can't be cut for cp ranks: which number, and what would do."""
+    for seq_len in seq_lens:
+        if cp > 1 and seq_len % (2 * cp):
+            lower = seq_len // (2 * cp) * 2 * cp
+            would = f"{lower} or {lower + 2 * cp}" if lower else f"{2 * cp}"
+            raise UserError(
+                f"parallel.cp = {cp} cuts a sequence into {2 * cp} equal pieces, and seq_len = {seq_len} doesn't divide"
+                f" by {2 * cp}; {would} would"
+            )
+        if cp > 1 and seq_len // (2 * cp) <= mtp_depth:
+            raise UserError(
+                f"parallel.cp = {cp} leaves pieces of {seq_len // (2 * cp)} tokens, too short for"
+                f" model.num_nextn_predict_layers = {mtp_depth}; seq_len = {2 * cp * (mtp_depth + 1)} would do"
+            )
+
+
 def divisors(number: int) -> list[int]:
     """Rising."""
     return [n for n in range(1, number + 1) if number % n == 0]

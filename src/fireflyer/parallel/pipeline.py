@@ -12,9 +12,7 @@ model: optimizer, gradient norm and checkpoints know the embedding alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,41 +27,14 @@ from torch.distributed.pipelining.schedules import (
 )
 from torch.distributed.tensor import DTensor
 
-from fireflyer.config import ModelConfig
 from fireflyer.data.packing import Batch
-from fireflyer.model.decoder import Decoder, TrunkOutput, run_layers
+from fireflyer.model.decoder import Decoder, TrunkOutput, run_layers, run_tail
 from fireflyer.model.experts import Routing
-from fireflyer.parallel.context import SequencePart, Sequences, run_tail, sequence_part
-from fireflyer.parallel.stages import StagePlan
+from fireflyer.parallel.context import SequencePart, Sequences, sequence_part
+from fireflyer.parallel.stage_loss import StageLoss, StageResult
+from fireflyer.parallel.stages import PipelineSettings, StagePlan, plan_stages
 
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage makes of a micro-batch: its share of the loss, scalars to be summed, what its layers decided."""
-
-    loss: Tensor
-    values: dict[str, Tensor]
-    routing: list[Routing]
-
-
-class StageLoss(Protocol):
-    """head_weight: (vocab, D) in the last stage, where `out` is complete; None in the others, whose `out` has nothing
-    but the routing to take a loss of."""
-
-    def __call__(
-        self, batch: Batch, out: TrunkOutput, head_weight: Tensor | None, part: SequencePart
-    ) -> StageResult: ...
-
-
-@dataclass(frozen=True)
-class StageSettings:
-    """mask_documents, recompute: as in training. around: entered for each forward pass, say autocast."""
-
-    config: ModelConfig
-    loss: StageLoss
-    mask_documents: bool
-    recompute: bool
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+T = TypeVar("T")
 
 
 class Absent(nn.Module):
@@ -91,13 +62,14 @@ class TailModules(nn.Module):
 class Stage(nn.Module):
     """One stage's modules, as torch's schedules call them."""
 
-    def __init__(self, model: Decoder, layers: range, first: bool, last: bool, settings: StageSettings) -> None:
+    def __init__(self, model: Decoder, layers: range, first: bool, last: bool, settings: PipelineSettings) -> None:
         super().__init__()
+        self.config = model.config
         self.layers = nn.ModuleList(model.model.layers[index] for index in layers)
         self.embed_tokens = model.model.embed_tokens if first else None
         self.tail = TailModules(model) if last else None
         self.settings = settings
-        self.part: SequencePart | None = None
+        self.step: tuple[StageLoss, SequencePart] | None = None
         """Of the batch that is on its way."""
         self.seen: list[StageResult] = []
 
@@ -114,21 +86,21 @@ class Stage(nn.Module):
     ) -> Tensor:
         """x: token ids in the first stage, otherwise the hidden states (B, T, D) of the one before. Returns hidden
         states; the last stage its loss."""
-        assert self.part is not None
-        settings, part = self.settings, self.part
+        assert self.step is not None
+        settings, (take_loss, part) = self.settings, self.step
         documents = document_ids_BS if settings.mask_documents else None
         sequences = Sequences(input_ids_BS, positions_BS, documents, part)
         batch = Batch(input_ids_BS, labels_BS, positions_BS, document_ids_BS)
         routing: list[Routing] = []
         with settings.around():
             hidden_BTD = x if self.embed_tokens is None else self.embed_tokens(sequences.ids())
-            inputs = sequences.attention(settings.config)
+            inputs = sequences.attention(self.config)
             hidden_BTD = run_layers(self.layers, hidden_BTD, inputs, settings.recompute, routing)
             if self.tail is None:
-                result = settings.loss(batch, TrunkOutput(hidden_BTD, [], routing), None, part)
+                result = take_loss(batch, TrunkOutput(hidden_BTD, [], routing), None, part)
             else:
-                out = run_tail(settings.config, self.tail, hidden_BTD, sequences, settings.recompute, routing)
-                result = settings.loss(batch, out, self.tail.head_weight, part)
+                out = run_tail(self.config, self.tail, hidden_BTD, sequences, settings.recompute, routing)
+                result = take_loss(batch, out, self.tail.head_weight, part)
         values = {name: value.detach() for name, value in result.values.items()}
         self.seen.append(StageResult(result.loss.detach(), values, result.routing))
         if self.tail is not None:
@@ -160,19 +132,19 @@ class Pipeline:
 
     Args:
         model: whole; what other ranks hold is taken out of it.
-        group: the ranks of the pipeline, in the plan's order.
+        group: the ranks of the pipeline, in order.
         context: the ranks that hold other parts of the same sequences, where there are any.
     """
 
     def __init__(
         self,
         model: Decoder,
-        plan: StagePlan,
+        settings: PipelineSettings,
         group: ProcessGroup,
-        settings: StageSettings,
         context: ProcessGroup | None = None,
     ) -> None:
-        self.plan, self.group, self.context = plan, group, context
+        self.plan = plan = plan_stages(model.config, settings.schedule, group.size(), settings.stages)
+        self.group, self.context = group, context
         self.hidden_size, self.dtype, self.device = model.config.hidden_size, model.dtype, model.device
         last = len(plan.layers) - 1
         self.numbers = plan.stages_of(group.rank())
@@ -184,20 +156,17 @@ class Pipeline:
         _leave_out_others(model, plan, self.numbers)
         self._schedules: dict[tuple[int, int, int], Any] = {}
 
-    def step(self, batch: Batch, micro_batch_size: int) -> list[StageResult]:
+    def step(self, batch: Batch, micro_batch_size: int, loss: StageLoss) -> list[StageResult]:
         """Forward and backward of all rows of a batch, the same on all ranks of the pipeline; gradients add up.
 
         Returns what this rank's stages made of the micro-batches.
         """
         rows, num_tokens = batch.input_ids_BT.shape
         part = sequence_part(num_tokens, self.context, self.device)
-        for stage in self.stages:
-            stage.part = part
-            stage.seen = []
+        self._begin(loss, part)
         schedule = self._schedule(rows // (micro_batch_size or rows), rows, part)
-        args = (batch.input_ids_BT,) if self.numbers[0] == 0 else ()
         schedule.step(
-            *args,
+            *((batch.input_ids_BT,) if self.numbers[0] == 0 else ()),
             target=batch.labels_BT,
             return_outputs=False,
             input_ids_BS=batch.input_ids_BT,
@@ -207,7 +176,33 @@ class Pipeline:
         )
         if self._shared is not None:
             self._shared.add_gradient()
-        return [result for stage in self.stages for result in stage.seen]
+        return self._end()
+
+    @torch.no_grad()
+    def forward_only(self, batch: Batch, loss: StageLoss) -> list[StageResult]:
+        """`step` without a backward, all rows at once, one stage after the other."""
+        part = sequence_part(batch.input_ids_BT.shape[1], self.context, self.device)
+        self._begin(loss, part)
+        here, ranks, last = self.group.rank(), self.plan.ranks, len(self.plan.ranks) - 1
+        x = batch.input_ids_BT
+        for number, stage in zip(self.numbers, self.stages, strict=True):
+            if number and ranks[number - 1] != here:
+                x = torch.empty(len(x), len(part.places_T), self.hidden_size, dtype=self.dtype, device=self.device)
+                dist.recv(x, group=self.group, group_src=ranks[number - 1])
+            x = stage(x, batch.input_ids_BT, batch.labels_BT, batch.positions_BT, batch.document_ids_BT)
+            if number < last and ranks[number + 1] != here:
+                dist.send(x.contiguous(), group=self.group, group_dst=ranks[number + 1])
+        return self._end()
+
+    def _begin(self, loss: StageLoss, part: SequencePart) -> None:
+        for stage in self.stages:
+            stage.step = loss, part
+
+    def _end(self) -> list[StageResult]:
+        seen = [result for stage in self.stages for result in stage.seen]
+        for stage in self.stages:
+            stage.step, stage.seen = None, []
+        return seen
 
     def after_update(self) -> None:
         """To be called when the optimizer has changed the weights."""
@@ -320,3 +315,20 @@ def _leave_out_others(model: Decoder, plan: StagePlan, numbers: list[int]) -> No
         model.model.mtp = nn.ModuleList()
         if model.lm_head is not None:
             model.lm_head = Absent()
+
+
+def gathered(tensors: dict[T, Tensor], group: ProcessGroup, device: torch.device) -> dict[T, Tensor]:
+    """What all ranks of a group have, by names that no two share, on its first; on the others their own."""
+    shapes: list[dict[T, tuple[torch.Size, torch.dtype]]] = [{} for _ in range(group.size())]
+    dist.all_gather_object(shapes, {name: (t.shape, t.dtype) for name, t in tensors.items()}, group=group)
+    if group.rank() != 0:
+        for tensor in tensors.values():
+            dist.send(tensor.to(device).contiguous(), group=group, group_dst=0)
+        return tensors
+    found = dict(tensors)
+    for rank, theirs in list(enumerate(shapes))[1:]:
+        for name, (shape, dtype) in theirs.items():
+            received = torch.empty(shape, dtype=dtype, device=device)
+            dist.recv(received, group=group, group_src=rank)
+            found[name] = received.cpu()
+    return found

@@ -18,9 +18,13 @@ from fireflyer.errors import UserError
 from fireflyer.parallel.layout import Layout
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
     from fireflyer.model.decoder import Decoder
+    from fireflyer.parallel.context import SequencePart
+    from fireflyer.parallel.pipeline import Pipeline
+    from fireflyer.parallel.stages import PipelineSettings
 
 T = TypeVar("T")
 
@@ -33,7 +37,12 @@ class Alone:
 
     layout = Layout()
     is_first = True
+    """Whether this rank speaks for all, and writes."""
+    leads = True
+    """Whether this rank speaks for those that hold other parts of the same layers."""
     rank = 0
+    pipeline: Pipeline | None = None
+    """What takes batches forward and backward, where ranks hold other layers."""
 
     def share(self, rows: int) -> slice:
         """The rows of a batch that this rank computes."""
@@ -55,8 +64,15 @@ class Alone:
         """The norm of all gradients of the model together, from what lies here."""
         return torch.nn.utils.get_total_norm(gradients)
 
-    def prepare(self, model: Decoder) -> None:
+    def part_of(self, num_tokens: int, device: str) -> SequencePart | None:
+        """Which tokens of a sequence are this rank's; None: all."""
+        return None
+
+    def prepare(self, model: Decoder, pipeline: PipelineSettings) -> None:
         """Keep this rank's share of the weights, in place."""
+
+    def updated(self) -> None:
+        """Told when the optimizer has changed the weights."""
 
     def before_backward(self, model: Decoder, last: bool) -> None:
         """Told before the backward pass of each part of a batch, the last or not."""
@@ -96,6 +112,10 @@ class Alone:
         """What the lowest rank with something to say says."""
         return word
 
+    def of_all_layers(self, by_layer: dict[T, Tensor]) -> dict[T, Tensor]:
+        """What the ranks that lead have of their layers, together: on the first, on the others maybe not all."""
+        return by_layer
+
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
         return flag
@@ -126,6 +146,14 @@ class Many:
             kind, (layout.pp, layout.expert_copies, layout.ep), mesh_dim_names=("pp", "copies", "ep")
         )
         self.data: DeviceMesh = self.mesh["copies", "ep"]._flatten("data")
+        self.leads = self.data.get_local_rank() == 0
+        self._context: ProcessGroup | None = None
+        if layout.cp > 1:
+            by_part = init_device_mesh(kind, (layout.pp, layout.dp, layout.cp), mesh_dim_names=("pp", "dp", "cp"))
+            self._context = by_part["cp"].get_group()
+        self.pipeline: Pipeline | None = None
+        self._moe_layers: tuple[list[int], int] | None = None
+        """All of them, and their number of experts, where this rank has some alone."""
         self._device = torch.device(kind) if kind == "cpu" else torch.device(kind, torch.cuda.current_device())
 
     def share(self, rows: int) -> slice:
@@ -141,6 +169,10 @@ class Many:
 
     def counted(self, counts: dict[int, Tensor]) -> dict[int, Tensor]:
         layers = sorted(counts)
+        if self._moe_layers is not None:
+            layers, num_experts = self._moe_layers
+            none = torch.zeros(num_experts, dtype=torch.int64, device=self._device)
+            counts = {layer: counts.get(layer, none) for layer in layers}
         if not layers:
             return counts
         total = torch.stack([counts[layer] for layer in layers]).to(self._device)
@@ -159,10 +191,28 @@ class Many:
         torch.distributed.all_reduce(square)
         return square.sqrt()
 
-    def prepare(self, model: Decoder) -> None:
+    def part_of(self, num_tokens: int, device: str) -> SequencePart | None:
+        from fireflyer.parallel.context import sequence_part
+
+        return None if self._context is None else sequence_part(num_tokens, self._context, device)
+
+    def prepare(self, model: Decoder, pipeline: PipelineSettings) -> None:
         from fireflyer.parallel.shard import shard_
 
-        shard_(model, self)
+        if self.layout.pp == 1:
+            shard_(model, self, [model])
+            return
+        from fireflyer.parallel.pipeline import Pipeline
+
+        config = model.config
+        layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
+        self._moe_layers = [layer for layer in layers if config.is_moe(layer)], config.n_routed_experts
+        self.pipeline = Pipeline(model, pipeline, self.mesh["pp"].get_group(), self._context)
+        shard_(model, self, self.pipeline.stages)
+
+    def updated(self) -> None:
+        if self.pipeline is not None:
+            self.pipeline.after_update()
 
     def before_backward(self, model: Decoder, last: bool) -> None:
         from fireflyer.parallel.shard import before_backward
@@ -172,7 +222,8 @@ class Many:
     def settle(self, model: Decoder) -> None:
         from fireflyer.parallel.shard import settle
 
-        settle(model)
+        for root in [model] if self.pipeline is None else self.pipeline.stages:
+            settle(root)
 
     def whole(self, name: str, tensor: Tensor) -> Tensor:
         from fireflyer.parallel.shard import whole
@@ -208,6 +259,13 @@ class Many:
 
     def told(self, word: str | None) -> str | None:
         return next((said for said in _gathered(word) if said is not None), None)
+
+    def of_all_layers(self, by_layer: dict[T, Tensor]) -> dict[T, Tensor]:
+        if self.layout.pp == 1 or not self.leads:
+            return by_layer
+        from fireflyer.parallel.pipeline import gathered
+
+        return gathered(by_layer, self.mesh["pp"].get_group(), self._device)
 
     def any(self, flag: bool) -> bool:
         return _any(flag)

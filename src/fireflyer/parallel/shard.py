@@ -7,7 +7,7 @@ summed, never averaged: the losses are shares of the whole batch's (train/losses
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,13 @@ from fireflyer.model.block import Block
 from fireflyer.model.decoder import Decoder
 from fireflyer.model.experts import Experts, MoE
 from fireflyer.model.fp8_layers import Fp8Experts
+from fireflyer.model.mtp import MTPModule
 from fireflyer.parallel.expert import ParallelExperts, ParallelFp8Experts
 from fireflyer.parallel.ranks import Many
 
 
-def shard_(model: Decoder, ranks: Many) -> None:
-    """Keep this rank's share of the weights, in place."""
+def shard_(model: Decoder, ranks: Many, roots: Sequence[nn.Module]) -> None:
+    """Keep this rank's share of the weights, in place. roots: what is called as a whole, the model or its stages."""
     layout = ranks.layout
     keep = layout.zero < 3
     wrapped: list[FSDPModule] = []
@@ -39,9 +40,12 @@ def shard_(model: Decoder, ranks: Many) -> None:
             )
             wrapped.append(fully_shard(block.mlp.experts, mesh=ranks.mesh["copies"], reshard_after_forward=not keep))
     for module in (*model.model.layers, *model.model.mtp):
-        wrapped.append(fully_shard(module, mesh=ranks.data, reshard_after_forward=not keep))
-    wrapped.append(fully_shard(model, mesh=ranks.data, reshard_after_forward=False))
-    register_fsdp_forward_method(model, "trunk")
+        if isinstance(module, Block | MTPModule):
+            wrapped.append(fully_shard(module, mesh=ranks.data, reshard_after_forward=not keep))
+    wrapped += [fully_shard(root, mesh=ranks.data, reshard_after_forward=False) for root in roots]
+    if isinstance(model, FSDPModule):
+        for method in ("trunk", "trunk_of"):
+            register_fsdp_forward_method(model, method)
     for module in wrapped:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no sum that scales

@@ -7,8 +7,10 @@ legs of a V (r and 2·pp - 1 - r), so that the first and the last are neighbours
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fireflyer.config import ModelConfig
 from fireflyer.cost.parameters import count_parameters
@@ -18,6 +20,18 @@ Schedule = Literal["1f1b", "interleaved", "zero-bubble", "dualpipev"]
 
 DEFAULT_STAGES: dict[Schedule, int] = {"1f1b": 1, "interleaved": 2, "zero-bubble": 2, "dualpipev": 2}
 """Stages a rank where the recipe gives none."""
+
+
+@dataclass(frozen=True)
+class PipelineSettings:
+    """schedule, stages: as `plan_stages` takes them. mask_documents, recompute: as in training. around: entered for
+    each forward pass, say autocast."""
+
+    schedule: Schedule
+    mask_documents: bool
+    recompute: bool
+    stages: int = 0
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)

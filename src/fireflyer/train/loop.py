@@ -43,6 +43,7 @@ from fireflyer.train.monitor import (
 )
 from fireflyer.train.objective import Evaluation
 from fireflyer.train.optimizer import clip_gradients
+from fireflyer.train.ranks import check_agreement, join_ranks
 from fireflyer.train.run_files import RunFiles
 from fireflyer.train.schedule import batch_size_at, bias_speed, learning_rate, run_steps, run_tokens
 from fireflyer.train.settings import Recipe
@@ -50,9 +51,7 @@ from fireflyer.train.setup import (
     Inputs,
     InputsOpener,
     RunState,
-    check_agreement,
     check_folder,
-    join_ranks,
     lay_out,
     open_inputs,
     open_state,
@@ -203,6 +202,7 @@ class Trainer:
         grad_norm = clip_gradients(self.parameters, recipe.optimizer.grad_clip, self.ranks)
         self._check(batch, result, grad_norm)
         state.optimizer.step(lr)
+        self.ranks.updated()
         state.optimizer.zero_grad()
         for layer_index, bias in state.model.gate_biases():
             if layer_index in result.counts:
@@ -233,8 +233,9 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         counts: dict[int, Tensor] = {}
         for part in objective.parts(batch, self.trunk, self.state.tokens):
-            ranks.before_backward(model, part.last)
-            part.loss.backward()
+            if part.loss.requires_grad:  # a pipeline has taken it already
+                ranks.before_backward(model, part.last)
+                part.loss.backward()
             for name, value in part.values.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().to("cpu", torch.float64)
             for routing in part.routing:
@@ -290,7 +291,8 @@ class Trainer:
                 samples = scored.samples
         experts = None
         if self._counts and (last or state.step % max(1, self.total_steps // EXPERT_ROWS) == 0):
-            experts = expert_row(self._counts, state.model.gate_biases())
+            biases = self.ranks.of_all_layers(dict(state.model.gate_biases()))
+            experts = expert_row(self._counts, sorted(biases.items()))
         self._with_files(lambda files: files.log(row, samples, experts))
         self.recent.append(row)
         if metrics.epoch > epoch:

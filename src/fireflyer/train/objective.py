@@ -26,7 +26,8 @@ class Part:
     """One forward pass over a part of a batch.
 
     The gradients of `loss` add up over the batch's parts to the batch's, and so do the `values`, scalars without a
-    gradient: `loss` among them, and whatever else the objective measures. They become the step's metrics.
+    gradient: `loss` among them, and whatever else the objective measures. They become the step's metrics. Where the
+    objective has taken the gradient itself, `loss` has none.
     """
 
     loss: Tensor

@@ -38,7 +38,7 @@ DEFAULT_RECIPE = "ember"
 DEFAULT_VOCAB_SIZE = 4096
 """Size of the tokenizer trained on the data where neither the recipe nor a tokenizer file gives one."""
 
-LAYOUT = frozenset(f"parallel.{key}" for key in ("pp", "dp", "cp", "ep", "zero"))
+LAYOUT = frozenset(f"parallel.{key}" for key in ("pp", "dp", "cp", "ep", "zero", "schedule", "stages"))
 MAY_CHANGE = LAYOUT | {*LENGTHS, "checkpoint_every", "keep_checkpoints", "eval_every", "eval_samples", "log_every"}
 """Keys that a rerun of the same folder may change: a checkpoint of one layout of ranks resumes on another."""
 

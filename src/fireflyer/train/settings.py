@@ -10,9 +10,10 @@ import re
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import Field, PlainValidator, Strict, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, Strict, model_validator
 
 from fireflyer.config import ModelConfig
+from fireflyer.parallel.stages import Schedule
 from fireflyer.train.extension import ExtendSettings, LengthPhases
 from fireflyer.train.post_training_settings import (
     ADAPTABLE,
@@ -24,6 +25,17 @@ from fireflyer.train.post_training_settings import (
 from fireflyer.train.quantities import resolve_boundary
 from fireflyer.train.ramp import BatchRamp
 from fireflyer.train.tables import Beta, Boundary, Fraction01, NotNegative, Positive, SettingError, Table, Tokens
+
+_TORCH_SCHEDULES = {
+    "1F1B": "1f1b",
+    "Interleaved1F1B": "interleaved",
+    "InterleavedZeroBubble": "zero-bubble",
+    "DualPipeV": "dualpipev",
+}
+
+
+def _schedule(value: object) -> object:
+    return _TORCH_SCHEDULES.get(value, value) if isinstance(value, str) else value
 
 
 def _device(value: object) -> str:
@@ -108,6 +120,8 @@ class ParallelSettings(Table):
     pp stages of layers, each on dp · cp ranks: dp take other sequences (0: all the ranks that are left), cp other parts
     of them; routed experts are spread over ep of these. zero: what they share out beside the work, 1 the optimizer's
     state, 2 gradients too, 3 weights too. micro_batch_size: sequences a forward pass on a rank (0: all at once).
+    schedule: in which order a pipeline's ranks work, also by the names of torch's classes; stages: how many each of
+    them has (0: 1 with "1f1b", 2 with the others).
     """
 
     pp: Annotated[int, Field(ge=1)] = 1
@@ -115,6 +129,8 @@ class ParallelSettings(Table):
     cp: Annotated[int, Field(ge=1)] = 1
     ep: Annotated[int, Field(ge=1)] = 1
     zero: Literal[1, 2, 3] = 1
+    schedule: Annotated[Schedule, BeforeValidator(_schedule)] = "1f1b"
+    stages: Annotated[int, Field(ge=0)] = 0
     micro_batch_size: Annotated[int, Field(ge=0)] = 0
     recompute: bool = False
 

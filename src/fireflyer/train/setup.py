@@ -7,7 +7,6 @@ under the run's lock, the folder and a `RunState`: new, from another checkpoint,
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,21 +29,18 @@ from fireflyer.data.mixture import Mixture, open_sources
 from fireflyer.errors import UserError
 from fireflyer.evaluate.identity import checkpoint_identity
 from fireflyer.model.decoder import Decoder, init_weights_
-from fireflyer.parallel.layout import Layout, check_layout, layout_for
-from fireflyer.parallel.ranks import ALONE, Ranks, agree, open_ranks
-from fireflyer.parallel.started import world_size
+from fireflyer.parallel.ranks import ALONE, Ranks
+from fireflyer.parallel.stages import PipelineSettings
 from fireflyer.text.tokenizer import Tokenizer
 from fireflyer.train.events import Event, Notice
 from fireflyer.train.extension import ExtendSettings
-from fireflyer.train.layers import leaves
 from fireflyer.train.lora import attach_adapters, fill_adapters
 from fireflyer.train.objective import Objective
 from fireflyer.train.optimizer import DecoderOptimizer, build_optimizer
 from fireflyer.train.phased_loader import LoaderPhase, PhasedLoader
-from fireflyer.train.precision import check_precision, set_precision
+from fireflyer.train.precision import autocast, check_precision, set_precision
 from fireflyer.train.pretraining import Pretraining
 from fireflyer.train.recipe import (
-    as_tables,
     read_recipe,
     recipe_differences,
     take_stored_choices,
@@ -91,64 +87,6 @@ class RunState:
     """Of the checkpoint that adapters are trained beside; it isn't in the run's own."""
     ranks: Ranks = ALONE
     """Who shares the work. Of the model, the optimizer's state and the average a rank of several has its part."""
-
-
-def join_ranks(recipe: Recipe) -> tuple[Recipe, Ranks]:
-    """The layout of the ranks that were started, one or more, in the recipe too. Raises UserError, on all of them."""
-    world = world_size()
-    if world > 1:
-        agree({f"setting, {key}": str(value) for key, value in leaves(as_tables(recipe))})
-    layout, parallel = layout_of(recipe, world), recipe.parallel
-    ranks = open_ranks(layout, _device(recipe))
-    return recipe.model_copy(update={"parallel": parallel.model_copy(update={"dp": layout.dp})}), ranks
-
-
-def layout_of(recipe: Recipe, world: int) -> Layout:
-    """How so many ranks share the work of a recipe. Raises UserError where they can't: which number, and what would."""
-    parallel = recipe.parallel
-    layout = layout_for(world, pp=parallel.pp, dp=parallel.dp, cp=parallel.cp, ep=parallel.ep, zero=parallel.zero)
-    if world > 1:
-        sizes = _batch_sizes(recipe)
-        check_layout(layout, recipe.model, batch_sizes=sizes, micro_batch_size=parallel.micro_batch_size)
-        _check_shared_out(recipe, layout)
-    return layout
-
-
-def _batch_sizes(recipe: Recipe) -> list[int]:
-    """Those that any batch of the run is a sum of."""
-    if recipe.extend is not None:
-        return [phase.batch_size for phase in recipe.extend.phases]
-    schedule = recipe.schedule
-    ramp = [] if schedule.batch_start is None else [schedule.batch_start, schedule.batch_multiple]
-    return [recipe.batch_size, *ramp]
-
-
-def _check_shared_out(recipe: Recipe, layout: Layout) -> None:
-    """What one process can and several can't yet."""
-    for key, number in (("pp", layout.pp), ("cp", layout.cp)):
-        if number > 1:
-            raise UserError(f"parallel.{key} = {number} isn't possible yet; leave it at 1, and share out by dp and ep")
-    if recipe.optimizer.name == "muon":
-        raise UserError(
-            'optimizer.name = "muon" needs whole matrices and trains in one process; --set optimizer.name=adamw'
-        )
-    if recipe.lora is not None:
-        raise UserError("adapters ([lora]) train in one process; leave the launcher out")
-    if recipe.compile:
-        raise UserError("compile = true is for one process; --set compile=false")
-    if recipe.precision.matmul == "fp8" and layout.ep > 1:
-        raise UserError('precision.matmul = "fp8" isn\'t possible with parallel.ep above 1 yet; --set parallel.ep=1')
-
-
-def check_agreement(inputs: Inputs, state: RunState, run_dir: Path) -> None:
-    """Whether all ranks go on from the same step of the same run on the same data. Raises UserError on all."""
-    data = json.dumps(state.objective.state_dict(), sort_keys=True)
-    state.ranks.same(
-        {
-            "data or tokenizer": hashlib.sha256((data + recipe_sha256(inputs.recipe)).encode()).hexdigest(),
-            f"checkpoint in {run_dir} (a folder that all ranks must share)": str(state.step),
-        }
-    )
 
 
 def check_folder(recipe: Recipe, run_dir: Path) -> Recipe | None:
@@ -218,7 +156,7 @@ def choose(recipe: Recipe) -> Recipe:
 
     A GPU is taken where there is one, and bf16 there; on a CPU fp32, which is twice as fast as bf16 on most.
     """
-    device = _device(recipe)
+    device = chosen_device(recipe)
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     number = int(device.partition(":")[2] or 0)
     if not present[device.partition(":")[0]] or (number and number >= torch.cuda.device_count()):
@@ -232,7 +170,8 @@ def choose(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def _device(recipe: Recipe) -> str:
+def chosen_device(recipe: Recipe) -> str:
+    """That of the recipe, or the best one here."""
     return recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -291,7 +230,15 @@ def open_state(inputs: Inputs, run_dir: Path, on_event: Callable[[Event], None],
             fill_adapters(model, open_adapter(found.path))
     if line := set_precision(model, recipe):
         on_event(Notice(line))
-    ranks.prepare(model)
+    parallel = recipe.parallel
+    stages = PipelineSettings(
+        schedule=parallel.schedule,
+        stages=parallel.stages,
+        mask_documents=recipe.data.mask_documents,
+        recompute=parallel.recompute,
+        around=lambda: autocast(recipe),
+    )
+    ranks.prepare(model, stages)
     objective = inputs.objective(model)
     if isinstance(objective, Pretraining):
         objective.ranks = ranks

@@ -68,13 +68,14 @@ def take_snapshot(
 
     def copy(name: str, tensor: Tensor) -> Tensor:
         whole = ranks.whole(name, tensor)
-        return _copy(whole) if ranks.is_first else whole.new_empty(0)
+        return _copy(whole) if ranks.leads else whole.new_empty(0)
 
     moments = optimizer_tensors(optimizer).items()
-    trainer = {f"{_OPTIMIZER}{name}": copy(name, tensor) for name, tensor in moments}
+    trainer = ranks.of_all_layers({f"{_OPTIMIZER}{name}": copy(name, tensor) for name, tensor in moments})
     named = dict(model.named_parameters())
     if average and not isinstance(ranks, Alone):
         average = {name: copy(name, ranks.as_part(named[name], part)) for name, part in average.items()}
+        average = ranks.of_all_layers(average)
     if ranks.is_first:
         trainer |= {f"{EMA_PREFIX}{name}": _copy(view) for name, view in _average_views(model.config, average)}
     trainer[_CPU_RNG] = torch.get_rng_state()
@@ -83,6 +84,7 @@ def take_snapshot(
     kept = {name for name, parameter in named.items() if parameter.requires_grad}
     live = model.state_dict()
     weights = {name: copy(name, tensor) for name, tensor in live.items() if adapter is None or name in kept}
+    weights = ranks.of_all_layers(weights)
     return Snapshot(model.config, weights, trainer, state, tokenizer_from, adapter)
 
 
@@ -95,6 +97,9 @@ def restore(
     """
     tensors, state = read_trainer_state(folder)
     moments = {name[len(_OPTIMIZER) :]: tensor for name, tensor in tensors.items() if name.startswith(_OPTIMIZER)}
+    if ranks.pipeline is not None:
+        here = optimizer_tensors(optimizer).keys()  # of other layers other ranks take theirs
+        moments = {name: tensor for name, tensor in moments.items() if name in here}
     load_optimizer_tensors(optimizer, moments, ranks)
     if any(name.startswith(EMA_PREFIX) for name in tensors):
         shapes = {name: ranks.whole_shape(name, parameter) for name, parameter in model.named_parameters()}
@@ -109,11 +114,11 @@ def restore(
 
 
 def _average_views(config: ModelConfig, average: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """(published name, view) of all averaged weights, each once; gate biases have no average."""
+    """(published name, view) of all averaged weights that are here, each once; gate biases have no average."""
     if not average:
         return []
     places = [place for place in published_places(config) if place.copy_of is None and not place.is_gate_bias]
-    return [(place.name, place.view(average).detach()) for place in places]
+    return [(place.name, place.view(average).detach()) for place in places if place.parameter in average]
 
 
 def _copy(tensor: Tensor) -> Tensor:
