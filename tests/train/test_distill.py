@@ -303,6 +303,14 @@ def test_what_is_wrong_is_told_before_the_run(
     assert not (tmp_path / "run").exists()
 
 
+def test_it_is_the_work_of_one_process(
+    teacher: Path, base: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="runs in one process"):
+        distill(recipe(teacher, base, problems), tmp_path / "run")
+
+
 def test_what_changed_meanwhile_is_refused(teacher: Path, base: Path, problems: Path, tmp_path: Path) -> None:
     own, file = tmp_path / "teacher", tmp_path / "letters.py"
     shutil.copytree(newest_good_checkpoint(teacher), own)

@@ -23,6 +23,7 @@ from fireflyer.errors import Stopped, UserError
 from fireflyer.evaluate.identity import checkpoint_identity
 from fireflyer.infer.llm import LLM
 from fireflyer.model.decoder import Decoder
+from fireflyer.parallel.started import world_size
 from fireflyer.text.tokenizer import Tokenizer
 from fireflyer.train.environments import Environment, open_environment
 from fireflyer.train.events import Event, Notice
@@ -248,6 +249,8 @@ class _Work:
 
 def _check(recipe: Recipe) -> None:
     settings = distill_settings(recipe)
+    if world_size() > 1:
+        raise UserError("a distillation runs in one process as yet; leave the launcher out")
     if not settings.teacher:
         raise UserError("no teacher: fireflyer distill TEACHER STUDENT")
     check_post_training(recipe, "distill")
