@@ -9,6 +9,7 @@ from math import floor
 import numpy as np
 import pytest
 
+from fireflyer.errors import UserError
 from fireflyer.market.account import Exchange, StockAccount
 from fireflyer.market.orders import Fill
 from fireflyer.market.panel import Origin, Panel
@@ -197,3 +198,27 @@ def test_a_name_that_never_trades_again_is_given_up_at_its_last_price() -> None:
         (100, 10.0, 0, False), (-100, 9.5, 5, True),
     ]  # fmt: skip
     assert account.held.tolist() == [0]
+
+
+def test_orders_fill_at_the_price_that_was_asked_for_or_not_at_all() -> None:
+    panel = synthetic_panel(1, days=12, names=6)
+    assert panel.open is not None
+    assert panel.amount is not None
+    assert panel.volume is not None
+    row, name = (int(place[-1]) for place in np.nonzero(panel.traded))
+    for fill, price in (
+        ("open", panel.open[row, name]),
+        ("vwap", round(panel.amount[row, name] / panel.volume[row, name], 2)),
+        ("close", panel.close[row, name]),
+    ):
+        account = StockAccount.of(6, 10_000_000_00)
+        fills, _ = Exchange(panel, Fees(), fill).trade(account, row, np.eye(6, dtype=int)[name] * 200, np.zeros(6), row)
+        assert [fill.price for fill in fills] == [price]
+    closes = synthetic_panel(1, days=12, names=6, bars=False)
+    for fill, words in (("open", "has no opens"), ("vwap", "has no volumes and amounts")):
+        with pytest.raises(UserError, match=words):
+            Exchange(closes, Fees(), fill)
+    amount = panel.amount.copy()
+    amount[row, name] = np.nan
+    with pytest.raises(UserError, match=rf"{panel.dates[row]} {panel.symbols[name]}: traded, but no vwap"):
+        Exchange(replace(panel, amount=amount), Fees(), "vwap")

@@ -182,6 +182,24 @@ def test_codes_of_every_spelling() -> None:
     assert canonical("MSFT") == "MSFT"
 
 
+def test_closes_side_by_side(tmp_path: Path) -> None:
+    wide = ["2024-01-02,10.10,20.10", "2024-01-03,10.30,", "2024-01-04,10.20,20.50"]
+    panel = read_panel(write(tmp_path / "wide.csv", wide, "date,600000.SH,000001.XSHE"))
+    long = read_panel(write(tmp_path / "bars.csv", ROWS))
+    assert panel.symbols == long.symbols
+    np.testing.assert_array_equal(panel.close, long.close)
+    assert panel.origin.close_only
+    for row, line, words in (
+        (1, "2024-01-03,x,", "line 3: 2024-01-03 600000.XSHG: close is 'x', no number"),
+        (2, "2024-01-04,1,-2", "line 4: 2024-01-04 000001.XSHE: close isn't above 0"),
+    ):
+        broken = [*wide[:row], line, *wide[row + 1 :]]
+        with pytest.raises(UserError, match=words):
+            read_panel(write(tmp_path / "broken.csv", broken, "date,600000.SH,000001.XSHE"))
+    with pytest.raises(UserError, match=r"line 5: 2024-01-04 000001\.XSHE: a second bar .* line 4; keep one"):
+        read_panel(write(tmp_path / "twice.csv", [*wide, "2024-01-04,,20.5"], "date,600000.SH,000001.XSHE"))
+
+
 def test_parquet_and_a_file_a_name(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

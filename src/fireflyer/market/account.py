@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from fireflyer.errors import UserError
 from fireflyer.market.orders import Fill, Reason, Rejection
 from fireflyer.market.panel import Floats, Mask, Panel
 from fireflyer.market.rules import LOT, STAR_LEAST, TICK, Fees, board_of, limit_prices, limit_shares
@@ -216,10 +217,27 @@ def money_fen(price: Floats, shares: Counts) -> Counts:
 
 
 def fill_prices(panel: Panel, fill: str) -> Floats:
-    """(D, N) at which a day's orders trade: the close, the open, or the money over the shares."""
-    if fill == "open" and panel.open is not None:
-        return panel.open
-    if fill == "vwap" and panel.amount is not None and panel.volume is not None:
+    """(D, N) at which a day's orders trade: the close, the open, or the money over the shares.
+
+    Raises UserError for what the panel doesn't have, as a whole or on a day that a name traded.
+    """
+    if fill == "close":
+        return panel.close
+    if fill == "open":
+        price = panel.open
+    elif panel.amount is None or panel.volume is None:
+        price = None
+    else:
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(panel.volume > 0, np.round(panel.amount / panel.volume, 2), panel.close)
-    return panel.close
+            price = np.round(panel.amount / panel.volume, 2)
+    source = panel.origin.source
+    if price is None:
+        needed = "opens" if fill == "open" else "volumes and amounts"
+        raise UserError(f"fill = {fill!r}: {source} has no {needed}; fill at the close")
+    lacking = panel.traded & ~(np.isfinite(price) & (price > 0))
+    if lacking.any():
+        row, name = (int(place[0]) for place in np.nonzero(lacking))
+        raise UserError(
+            f"{source}: {panel.dates[row]} {panel.symbols[name]}: traded, but no {fill} is known; fill at the close"
+        )
+    return price

@@ -7,6 +7,7 @@ shares and amounts yuan; prices stay as they came: ask vendors for unadjusted on
     baostock    query_history_k_data_plus: date code open high low close volume amount tradestatus, all of them text
     tushare     daily: ts_code trade_date open high low close vol (lots of 100) amount (thousands)
     yfinance    download: Date index, Open High Low Close Adj Close Volume; one name a frame
+    wide        date, then a column of closes for each name
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fireflyer.config.messages import shown
 from fireflyer.errors import UserError
@@ -117,6 +119,8 @@ def from_columns(columns: Columns, source: str, *, symbol: str | None = None, fi
 
     Raises UserError.
     """
+    if _is_wide(list(columns)):
+        return _from_wide(columns, source, first_line)
     form = recognised(list(columns), source)
     dates = list(columns[form.date])
     if form.symbol is not None:
@@ -138,6 +142,31 @@ def from_columns(columns: Columns, source: str, *, symbol: str | None = None, fi
         suspended = np.array([str(value) == "0" for value in columns[form.trading]])
         numbers["volume"] = np.where(suspended, 0.0, numbers.get("volume", np.full(len(dates), 1.0)))
     return LongTable(source, dates, symbols, numbers, first_line)
+
+
+def _is_wide(columns: Sequence[str]) -> bool:
+    """Closes of many names side by side: a date, then a column a name, told by codes of an exchange."""
+    return len(columns) > 1 and columns[0] in ("date", "Date") and all("." in canonical(c) for c in columns[1:])
+
+
+def _from_wide(columns: Columns, source: str, first_line: int) -> LongTable:
+    """One row a date and name that has a close; an empty cell is no bar."""
+    date, *names = columns
+    count = len(columns[date])
+    lines = np.arange(count) + first_line
+    dates: list[object] = []
+    symbols: list[str] = []
+    closes: list[Floats] = []
+    rows: list[NDArray[np.int64]] = []
+    for name in names:
+        symbol = canonical(name)
+        column = _floats(columns[name], LongTable(source, columns[date], [symbol] * count, {}, first_line), "close")
+        there = np.flatnonzero(np.isfinite(column))
+        dates += [columns[date][row] for row in there.tolist()]
+        symbols += [symbol] * len(there)
+        closes.append(column[there])
+        rows.append(lines[there])
+    return LongTable(source, dates, symbols, {"close": np.concatenate(closes)}, lines=np.concatenate(rows))
 
 
 def from_frame(frame: pandas.DataFrame, source: str, *, symbol: str | None = None) -> LongTable:

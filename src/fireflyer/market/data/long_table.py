@@ -27,7 +27,8 @@ SHRUNKEN = 0.5
 class LongTable:
     """One row a bar. dates: (R,) text or dates, of one kind; symbols: (R,); numbers: (R,) by name, `close` among them.
 
-    first_line: of the first row in its file, for messages.
+    first_line: of the first row in its file, for messages; lines: (R,) of every row, where one doesn't follow the
+    other.
     """
 
     source: str
@@ -35,10 +36,15 @@ class LongTable:
     symbols: Sequence[str]
     numbers: dict[str, Floats]
     first_line: int = 2
+    lines: NDArray[np.int64] | None = None
+
+    def line(self, row: int) -> int:
+        """Of a row, in its file."""
+        return self.first_line + row if self.lines is None else int(self.lines[row])
 
     def place(self, row: int) -> str:
         """Where a row stands, for messages."""
-        return f"{self.source} line {self.first_line + row}: {self.dates[row]} {self.symbols[row]}"
+        return f"{self.source} line {self.line(row)}: {self.dates[row]} {self.symbols[row]}"
 
 
 @dataclass(frozen=True)
@@ -191,7 +197,7 @@ def _check_order(table: LongTable, dates: Dates, day: NDArray, name: NDArray) ->
     if len(twice):
         row, earlier = int(order[twice[0] + 1]), int(order[twice[0]])
         raise UserError(f"{table.place(row)}: a second bar of that name and day, the first is line"
-                        f" {table.first_line + earlier}; keep one")  # fmt: skip
+                        f" {table.line(earlier)}; keep one")  # fmt: skip
     by_name = np.lexsort((np.arange(len(name)), name))
     falling = (name[by_name][1:] == name[by_name][:-1]) & (dates[by_name][1:] < dates[by_name][:-1])
     if falling.any() and not _falls_throughout(dates, name):
