@@ -48,6 +48,15 @@ def test_a_planted_leak_is_caught_by_its_name(name: str) -> None:
     assert found.verdict() == f"failed 1 of 1 leak tests: {test}"
 
 
+def test_on_few_names_orders_still_hang_on_the_scores() -> None:
+    few = PANEL.select(PANEL.symbols[:12])
+    wide = RidgePipeline(honest().fitted, honest().tested, 5, BacktestSettings(portfolio=TopK(names=50)))
+    scores = wide.scores(few)
+    there, all_held = wide.narrowed(12), wide.trade(few, scores)
+    assert all_held.order_hash == wide.trade(few, -scores).order_hash  # what holds all can't tell a leak
+    assert there.trade(few, scores).order_hash != there.trade(few, -scores).order_hash
+
+
 def test_each_test_has_its_leak() -> None:
     assert sorted(test for _, test in PLANTS.values()) == sorted(TESTS)
 

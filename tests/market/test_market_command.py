@@ -21,7 +21,7 @@ def told(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]
 def test_every_verb_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = told(capsys, "--help")
     assert code == 0
-    for verb in ("data", "train", "predict", "backtest", "audit", "forecast", "trade"):
+    for verb in ("demo", "data", "train", "predict", "backtest", "audit", "report", "forecast", "trade"):
         assert f"\n    {verb} " in out
 
 

@@ -9,19 +9,23 @@ from fireflyer.cli import (
     market_audit,
     market_backtest,
     market_data,
+    market_demo,
     market_forecast,
     market_predict,
+    market_report,
     market_trade,
     market_train,
 )
 from fireflyer.errors import UserError
 
 _VERBS = (
+    market_demo,
     market_data,
     market_train,
     market_predict,
     market_backtest,
     market_audit,
+    market_report,
     market_forecast,
     market_trade,
 )

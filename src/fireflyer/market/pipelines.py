@@ -6,7 +6,7 @@ In: what was learned, and the settings of a backtest. Out: a `Pipeline`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from fireflyer.market.engine import BacktestResult, BacktestSettings, backtest
 from fireflyer.market.features import Floats, bar_inputs, cross_rank, price_features
 from fireflyer.market.folds import Fold
 from fireflyer.market.panel import Panel
+from fireflyer.market.portfolio import TopK
 from fireflyer.market.study import Study
 
 
@@ -39,6 +40,9 @@ class StudyPipeline:
 
     def trade(self, panel: Panel, scores: Floats) -> BacktestResult:
         return backtest(panel, scores, self.settings)
+
+    def narrowed(self, names: int) -> StudyPipeline:
+        return replace(self, settings=_narrowed(self.settings, names))
 
     def relearned(self, panel: Panel, labels: Floats) -> Floats:
         return linear_scores(self.features(panel), labels, panel, self.lessons())
@@ -81,6 +85,9 @@ class RidgePipeline:
     def trade(self, panel: Panel, scores: Floats) -> BacktestResult:
         return backtest(panel, scores, self.settings)
 
+    def narrowed(self, names: int) -> RidgePipeline:
+        return replace(self, settings=_narrowed(self.settings, names))
+
     def relearned(self, panel: Panel, labels: Floats) -> Floats:
         return linear_scores(self.features(panel), labels, panel, self.lessons())
 
@@ -108,6 +115,14 @@ def linear_scores(
         scored = np.isfinite(features[tested]).all(-1) & panel.member[tested]
         scores[tested] = np.where(scored, x[tested] @ weights, np.nan)
     return scores
+
+
+def _narrowed(settings: BacktestSettings, names: int) -> BacktestSettings:
+    """Holding a quarter of so many names at most; mean-risk weighs its few by their scores anyway."""
+    rule, most = settings.portfolio, max(names // 4, 1)
+    if not isinstance(rule, TopK) or rule.names <= most:
+        return settings
+    return replace(settings, portfolio=replace(rule, names=most, drop=min(rule.drop, max(most // 3, 1))))
 
 
 def _span(record: dict[str, str]) -> tuple[str, str]:

@@ -38,6 +38,9 @@ class Plant:
     def trade(self, panel: Panel, scores: Floats) -> BacktestResult:
         return self.honest.trade(panel, scores)
 
+    def narrowed(self, names: int) -> Plant:
+        return replace(self, honest=self.honest.narrowed(names))
+
     def relearned(self, panel: Panel, labels: Floats) -> Floats:
         return self.honest.relearned(panel, labels)
 

@@ -37,20 +37,21 @@ def report_page(runs: Sequence[RunData], *, usd_per_hour: float | None = None) -
         "version": __version__,
     }
     return (
-        _read("report.html")
+        page_part("report.html")
         .replace("{{title}}", escape(title))
-        .replace("{{style}}", _read("vendor/uPlot.min.css") + _read("report.css"))
-        .replace("{{data}}", _as_script_data(data))
-        .replace("{{library}}", _read("vendor/uPlot.iife.min.js"))
-        .replace("{{script}}", _read("report.js"))
+        .replace("{{style}}", page_part("vendor/uPlot.min.css") + page_part("report.css"))
+        .replace("{{data}}", script_data(data))
+        .replace("{{library}}", page_part("vendor/uPlot.iife.min.js"))
+        .replace("{{script}}", page_part("report.js"))
     )
 
 
-def _read(name: str) -> str:
+def page_part(name: str) -> str:
+    """A file of `page/`, as text."""
     return (_FOLDER / name).read_text(encoding="utf-8")
 
 
-def _as_script_data(data: dict[str, Any]) -> str:
+def script_data(data: dict[str, Any]) -> str:
     """JSON that no text within it, a sample of a model's say, can end as a script."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
