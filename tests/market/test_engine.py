@@ -103,6 +103,16 @@ def test_the_planted_signal_earns_and_a_hedge_takes_the_market_out() -> None:
     assert worst.nav[-1] < long_only.nav[-1]
 
 
+def test_the_hedge_comes_on_the_day_of_the_stocks_it_is_for() -> None:
+    settings = BacktestSettings(mode="market-neutral", future="IF", portfolio=TopK(10, 3))
+    result = backtest(PANEL, reversal(PANEL), settings)
+    first = result.orders[0].signal_row
+    assert result.futures_trades[0].fill_row == result.fills[0].fill_row == first + 1
+    place = {symbol: column for column, symbol in enumerate(PANEL.symbols)}
+    asked = sum(o.shares * PANEL.close[first, place[o.symbol]] for o in result.orders if o.signal_row == first)
+    assert result.futures_trades[0].count == -round(asked / (PANEL.index_close[first] * 300))
+
+
 def test_same_bar_fills_are_marked_and_only_on_request() -> None:
     cheating = backtest(PANEL, reversal(PANEL), BacktestSettings(portfolio=TopK(10, 3), same_bar=True))
     assert cheating.same_bar
