@@ -1,9 +1,9 @@
 """builtin:needles-N: words hidden in a text that says nothing, and asked for at its end; documents of N tokens.
 
-Out: sentences, among them `The secret words of Lisbon are amber and falcon.` for one place or several; then, after an empty
-line each, the same sentences again in another order: the questions with their answers, and all that is trained on. To
-write the words a model has to find them again, at any distance that N leaves room for. In a tokenizer trained on this
-text every word is one token, so that a row of N tokens holds one document.
+Out: sentences, among them `The secret words of Lisbon are amber and falcon.` for one place or several; then, after an
+empty line each, the same sentences again in another order: the questions with their answers, and all that is trained
+on. To write the words a model has to find them again, at any distance that N leaves room for. In a tokenizer trained on
+this text every word is one token, so that a row of N tokens holds one document.
 
 Words and not a number: its digits would ask for copying in order as well, which takes small models much longer to learn
 than finding.
