@@ -25,6 +25,8 @@ from fireflyer.market.panel import Floats, Panel
 from fireflyer.market.synthetic import synthetic_panel
 
 SESSIONS, NAMES = 2430, 5000
+PEER_SESSIONS = 486
+"""Two years, which qlib is given: its sessions cost the same in the second as in the tenth."""
 REPEATS = 3
 LONGEST_S = 10.0
 TIMES_QLIB = 5.0
@@ -50,20 +52,24 @@ def main() -> Proof:
         "rejections": len(result.rejections),
         "order_hash": result.order_hash,
     }
-    rows: list[list[str | int | float]] = [["Fireflyer", round(min(seconds), 1), round(SESSIONS / min(seconds))]]
+    rows: list[list[str | int | float]] = [
+        ["Fireflyer", SESSIONS, round(min(seconds), 1), round(SESSIONS / min(seconds))]
+    ]
     missed = []
     if min(seconds) > LONGEST_S:
         missed.append(f"a backtest takes {min(seconds):.1f} s; {LONGEST_S:g} s were wanted")
-    peer = qlib_seconds(panel, scores)
+    first = SESSIONS - min(PEER_SESSIONS, SESSIONS)
+    peer = qlib_seconds(panel.slice(first, SESSIONS), scores[first:])
     figures["qlib"] = peer
     if peer is None:
         print(f"without qlib: {QLIB} names no Python that has it", file=sys.stderr)
     else:
-        figures["times_qlib"] = times = peer["seconds"] / min(seconds)
-        rows.append([f"qlib {peer['version']}", round(peer["seconds"], 1), round(peer["sessions"] / peer["seconds"])])
+        rate = peer["sessions"] / peer["seconds"]
+        figures["times_qlib"] = times = SESSIONS / min(seconds) / rate
+        rows.append([f"qlib {peer['version']}", peer["sessions"], round(peer["seconds"], 1), round(rate)])
         if times < TIMES_QLIB:
             missed.append(f"{times:.1f} times as fast as qlib; {TIMES_QLIB:g} were wanted")
-    table = Table(["", "seconds", "sessions a second"], rows)
+    table = Table(["", "sessions", "seconds", "sessions a second"], rows)
     return Proof(figures, {"speed": table}, missed=missed)
 
 
