@@ -45,7 +45,7 @@ def run_demo(
     study = train_study(panel, folds, recipe, run_dir, on_event=on_event, should_stop=should_stop)
     key = {"sha256": panel.origin.sha256, "source": panel.origin.source, "models": [m.record for m in study.models]}
     if stored := _stored(run_dir, key):
-        return stored
+        return {**stored, "run_dir": str(run_dir), "report": str(run_dir / REPORT)}  # it may have been moved
     found = appraise(
         panel, study, BacktestSettings(), audit_dates=audit_dates, on_part=on_part, should_stop=should_stop
     )
