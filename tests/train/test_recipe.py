@@ -326,7 +326,10 @@ MISTAKES = [
     ("steps=0", r"steps = 0 leaves nothing to train; it must be above 0 \(--set steps=0\)"),
     ("data.fim_rate=1.5", r"data.fim_rate = 1.5: must be less than or equal to 1"),
     ("data.held_out=1.0", r"data.held_out = 1.0: must be less than 1"),
-    ("seq_len=2000", r"seq_len = 2000 is above model.max_position_embeddings = 1024; set 1024 at most \(--set seq_len=2000\)"),
+    (
+        "seq_len=2000",
+        r"seq_len = 2000 is above model.max_position_embeddings = 1024; set 1024 at most \(--set seq_len=2000\)",
+    ),
     ("parallel.micro_batch_size=3", r"parallel.micro_batch_size = 3 does not divide batch_size = 16"),
     ("schedule.batch_start=4", r"schedule.batch_start and schedule.batch_ramp_tokens go together"),
     ("schedule.warmup_steps=10", r"schedule.warmup_steps = 10 must be below the run's 10 steps"),
