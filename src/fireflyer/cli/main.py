@@ -30,6 +30,7 @@ from fireflyer.cli import (
     generate,
     grpo,
     inspect,
+    launch,
     market,
     plan,
     pretrain,
@@ -37,6 +38,7 @@ from fireflyer.cli import (
     serve,
     sft,
 )
+from fireflyer.cli.launch import LAUNCHED, SHARED_OUT
 from fireflyer.errors import RankLost, Stopped, UserError
 from fireflyer.parallel.started import is_first_rank, world_size
 
@@ -58,13 +60,10 @@ VERBS = {
     "report": report,
     "inspect": inspect,
     "plan": plan,
+    "launch": launch,
     "market": market,
     "fleet": fleet,
 }
-
-
-SHARED_OUT = ("pretrain", "extend", "sft")
-"""Verbs whose work several ranks can share, as `fireflyer launch` or torchrun starts them."""
 
 
 class _Answered(Exception):
@@ -108,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stop:
         return _say(str(stop) or "stopped and saved; the same command goes on from there", 75)
     except RankLost as error:
+        if LAUNCHED in os.environ:
+            raise  # the launcher tells it, and knows more
         return _say(str(error), 1)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
@@ -121,6 +122,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
+    try:
+        verb, args = parse(argv)
+    except _Answered:
+        return 0
+    if world_size() > 1 and verb not in SHARED_OUT:
+        raise UserError(f"fireflyer {verb} runs in one process; ranks can share {', '.join(SHARED_OUT)}")
+    return VERBS[verb].run(args)
+
+
+def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
+    """The verb, and its options."""
     parser = Parser(
         prog="fireflyer",
         description="DeepSeek-V3 end to end: train it from random weights, resume, export, generate, count its cost.",
@@ -132,20 +144,15 @@ def _run(argv: Sequence[str]) -> int:
         module.add_parser(subparsers)
     if not argv:
         parser.print_help()
-        return 0
+        raise _Answered
     if argv[0] not in VERBS and argv[0] not in parser.options():
         close = get_close_matches(argv[0], [*VERBS, *parser.options()], n=1)
         guess = f"; did you mean {close[0]}?" if close else "."
         raise UserError(f"unknown verb {argv[0]!r}{guess} Verbs: {', '.join(VERBS)}")
-    try:
-        args, unknown = parser.parse_known_args(argv)
-    except _Answered:
-        return 0
+    args, unknown = parser.parse_known_args(argv)
     if unknown:
         subparsers.choices[args.verb].refuse(unknown[0])
-    if world_size() > 1 and args.verb not in SHARED_OUT:
-        raise UserError(f"fireflyer {args.verb} runs in one process; ranks can share {', '.join(SHARED_OUT)}")
-    return VERBS[args.verb].run(args)
+    return args.verb, args
 
 
 def _shorten_spinning() -> None:

@@ -51,16 +51,20 @@ def add_run_arguments(parser: argparse.ArgumentParser, preset: str, example: str
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout at the end; progress on stderr")
 
 
-def run_post_training(args: argparse.Namespace, preset: str, opener: InputsOpener) -> int:
-    """Train, or go on. Raises UserError."""
-    from fireflyer.parallel.started import together
+def recipe_of(args: argparse.Namespace, preset: str) -> Recipe:
+    """What the options ask for. Raises UserError."""
     from fireflyer.train.recipe import load_recipe
 
     if args.init_from is None:
         raise UserError(f"no model to begin from: fireflyer {preset} --from CHECKPOINT --data FILE --run DIR")
-    recipe = together(
-        lambda: load_recipe(args.recipe, args.overrides, sources=args.data, init_from=args.init_from, base=preset)
-    )
+    return load_recipe(args.recipe, args.overrides, sources=args.data, init_from=args.init_from, base=preset)
+
+
+def run_post_training(args: argparse.Namespace, preset: str, opener: InputsOpener) -> int:
+    """Train, or go on. Raises UserError."""
+    from fireflyer.parallel.started import together
+
+    recipe = together(lambda: recipe_of(args, preset))
     if args.dry_run:
         from fireflyer.cli.dry_run import describe, plan
 

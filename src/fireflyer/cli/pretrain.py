@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fireflyer.errors import UserError
+
+if TYPE_CHECKING:
+    from fireflyer.train.settings import Recipe
 
 
 def add_parser(subparsers: Any) -> None:
@@ -60,22 +63,26 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout at the end; progress on stderr")
 
 
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """What the options ask for. Raises UserError."""
+    from fireflyer.train.recipe import load_recipe
+
+    return load_recipe(
+        args.recipe,
+        args.overrides,
+        sources=args.data,
+        tokenizer=args.tokenizer,
+        init_from=args.init_from,
+        encoding_errors=args.encoding_errors,
+        size=args.size,
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     from fireflyer.cli.post_training import train_shown
     from fireflyer.parallel.started import together
-    from fireflyer.train.recipe import load_recipe
 
-    recipe = together(
-        lambda: load_recipe(
-            args.recipe,
-            args.overrides,
-            sources=args.data,
-            tokenizer=args.tokenizer,
-            init_from=args.init_from,
-            encoding_errors=args.encoding_errors,
-            size=args.size,
-        )
-    )
+    recipe = together(lambda: recipe_of(args))
     if args.dry_run:
         from fireflyer.cli.dry_run import describe, plan
 

@@ -19,7 +19,7 @@ def join_ranks(recipe: Recipe) -> tuple[Recipe, Ranks]:
     """The layout of the ranks that were started, one or more, in the recipe too. Raises UserError, on all of them."""
     world = world_size()
     if world > 1:
-        agree({f"setting, {key}": str(value) for key, value in leaves(as_tables(recipe))})
+        agree({f"value of {key}": str(value) for key, value in leaves(as_tables(recipe))})
     layout, parallel = layout_of(recipe, world), recipe.parallel
     ranks = open_ranks(layout, chosen_device(recipe))
     return recipe.model_copy(update={"parallel": parallel.model_copy(update={"dp": layout.dp})}), ranks
