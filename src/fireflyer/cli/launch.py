@@ -18,6 +18,9 @@ from fireflyer.errors import RankLost, UserError
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from fireflyer.parallel.layout import Layout
+    from fireflyer.train.settings import Recipe
+
 SHARED_OUT = ("pretrain", "extend", "sft")
 """Verbs whose work several ranks can share, whether `fireflyer launch` or torchrun starts them."""
 
@@ -57,34 +60,41 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{option} {number}: at least 1")
     if (args.nodes > 1) != (args.meet is not None):
         raise UserError("--nodes and --meet HOST:PORT go together; one machine needs neither")
+    from fireflyer.train.layout import layout_of
+
+    recipe, as_json = _read(args.command)
+    layout = layout_of(recipe, args.num * args.nodes)  # what every rank would refuse is refused before any is started
     if args.dry_run or "--dry-run" in args.command:
-        return _dry_run(args.command, args.num * args.nodes)
+        _show(recipe, layout, as_json)
+        return 0
     if args.port is not None:
         _check_free(args.port)
     with TemporaryDirectory(prefix="fireflyer-launch-") as folder:
         return _launch(args, Path(folder))
 
 
-def _dry_run(command: list[str], ranks: int) -> int:
+def _read(command: list[str]) -> tuple[Recipe, bool]:
+    """The recipe that a command asks for, and whether JSON."""
     from fireflyer.cli import post_training, pretrain
-    from fireflyer.cli.dry_run import describe, plan
     from fireflyer.cli.main import parse
-    from fireflyer.parallel.holdings import describe_holdings, holdings
-    from fireflyer.parallel.stages import plan_stages
-    from fireflyer.train.layout import layout_of
 
     verb, args = parse(command)
-    recipe = pretrain.recipe_of(args) if verb == "pretrain" else post_training.recipe_of(args, verb)
-    layout = layout_of(recipe, ranks)
+    return pretrain.recipe_of(args) if verb == "pretrain" else post_training.recipe_of(args, verb), args.json
+
+
+def _show(recipe: Recipe, layout: Layout, as_json: bool) -> None:
+    from fireflyer.cli.dry_run import describe, plan
+    from fireflyer.parallel.holdings import describe_holdings, holdings
+    from fireflyer.parallel.stages import plan_stages
+
     parallel = recipe.parallel
     stages = plan_stages(recipe.model, parallel.schedule if layout.pp > 1 else "1f1b", layout.pp, parallel.stages)
     held = holdings(layout, recipe.model, stages)
     facts = plan(recipe)
-    if args.json:
+    if as_json:
         print(json.dumps({**facts, "ranks": [holding.facts() for holding in held]}))
     else:
         print(describe(facts), describe_holdings(layout, held), sep="\n\n")
-    return 0
 
 
 def _check_free(port: int) -> None:
