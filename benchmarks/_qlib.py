@@ -20,10 +20,10 @@ def main() -> None:
 
     qlib.init(provider_uri=sys.argv[1], region="cn", kernels=1)
     with np.load(sys.argv[2]) as given:
-        dates, names, scores = pd.DatetimeIndex(given["dates"]), given["names"], given["scores"]
+        dates, names, scores = pd.DatetimeIndex(given["dates"].tolist()), given["names"].tolist(), given["scores"]
     index = pd.MultiIndex.from_product([dates, names], names=["datetime", "instrument"])
     signal = pd.Series(scores.ravel(), index).dropna()
-    start, end = str(dates[0].date()), str(dates[-2].date())  # on the last session of its calendar it raises
+    start, end = str(dates[0])[:10], str(dates[-2])[:10]  # on the last session of its calendar it raises
     costs = {
         "deal_price": "close",
         "limit_threshold": 0.095,
@@ -31,8 +31,8 @@ def main() -> None:
         "close_cost": 0.00075,
         "min_cost": 5,
     }
-    exchange = get_exchange(start_time=start, end_time=end, codes=names.tolist(), **costs)
-    seconds = []
+    exchange = get_exchange(start_time=start, end_time=end, codes=names, **costs)
+    seconds, sessions = [], 0
     for _ in range(2):
         began = time.perf_counter()
         report, _ = backtest_daily(
@@ -44,7 +44,8 @@ def main() -> None:
             exchange_kwargs={"exchange": exchange},
         )
         seconds.append(time.perf_counter() - began)
-    print(json.dumps({"seconds": min(seconds), "sessions": len(report), "version": qlib.__version__}))
+        sessions = len(report)
+    print(json.dumps({"seconds": min(seconds), "sessions": sessions, "version": qlib.__version__}))
 
 
 if __name__ == "__main__":
