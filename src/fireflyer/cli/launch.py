@@ -129,9 +129,8 @@ def _launch(args: argparse.Namespace, folder: Path) -> int:
         rdzv_endpoint=args.meet or f"127.0.0.1:{args.port or 0}",
         local_addr=None if args.meet else "127.0.0.1",
         max_restarts=0,
-        logs_specs=DefaultLogsSpecs(
-            log_dir=str(logs), redirects={rank: Std.ALL for rank in range(args.num) if rank or args.nodes > 1}
-        ),
+        # Ranks but the first say nothing, unless they fail.
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=dict.fromkeys(range(1, args.num), Std.ALL)),
     )
     try:
         elastic_launch(config, _rank)(args.command, str(codes))
