@@ -320,9 +320,8 @@ class Trainer:
             reason, layer = wrong, ranks.from_first(largest_gradient(model, ranks))
         else:
             return
-        kept = ranks.on_first(
-            lambda: save_failure(self.run_dir, step, self.state.objective.tensors(batch), reason, layer)
-        )
+        tensors = self.state.objective.tensors(batch)
+        kept = ranks.told(ranks.on_first(lambda: save_failure(self.run_dir, step, tensors, reason, layer)))
         raise UserError(
             f"{self.run_dir}: training failed at step {step}: {reason}; first seen in {layer}; the batch is in {kept}."
             " Begin another run with a lower schedule.lr, or from an earlier checkpoint with --from"
