@@ -41,7 +41,6 @@ SETTINGS = {
     "data.mask_documents": True,
     "schedule.warmup_steps": 2,
     "balance.sequence_alpha": 0.01,
-    "parallel.micro_batch_size": 1,
     "model.vocab_size": 300,
     "model.hidden_size": 32,
     "model.num_hidden_layers": 7,
@@ -81,6 +80,7 @@ class Case:
     def recipe(self, text: str, **settings: object) -> Recipe:
         keys = ("pp", "dp", "cp", "ep", "zero", "schedule")
         given = {**SETTINGS, **{f"parallel.{key}": getattr(self, key) for key in keys}, **settings}
+        given["parallel.micro_batch_size"] = 1 if self.pp > 1 else 2  # pipelines need many
         return load_recipe(None, [f"{key}={str(value).lower()}" for key, value in given.items()], sources=[text])
 
     def is_legal(self) -> bool:
