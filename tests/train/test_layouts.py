@@ -15,6 +15,7 @@ from fireflyer.errors import Stopped, UserError
 from fireflyer.parallel.ranks import Many
 from fireflyer.train.layout import layout_of
 from fireflyer.train.loop import train
+from fireflyer.train.recipe import recipe_differences
 from tests.gloo_ranks import Ranks
 
 STEPS = 20
@@ -117,3 +118,10 @@ def test_layouts_that_cannot_be_are_refused_with_what_can(settings, said):
 
 def test_schedules_go_by_torchs_names_too():
     assert tiny_recipe("text.jsonl", parallel__schedule="InterleavedZeroBubble").parallel.schedule == "zero-bubble"
+
+
+def test_a_micro_batch_may_change_with_the_layout_alone():
+    stored, same = (tiny_recipe("text.jsonl", parallel__micro_batch_size=n) for n in (1, 2))
+    assert recipe_differences(stored, same) == ["parallel.micro_batch_size: 1 -> 2"]
+    other = tiny_recipe("text.jsonl", parallel__micro_batch_size=2, parallel__pp=2, parallel__dp=1)
+    assert recipe_differences(stored, other) == []

@@ -145,7 +145,9 @@ def recipe_differences(stored: Recipe, recipe: Recipe) -> list[str]:
             before.pop(name, None)
             after.pop(name, None)
     old, new = dict(leaves(before)), dict(leaves(after))
-    may_change = MAY_CHANGE if recipe.parallel.ranks == stored.parallel.ranks else MAY_CHANGE | {"threads"}
+    may_change = MAY_CHANGE
+    if any(old.get(key) != new.get(key) for key in LAYOUT):
+        may_change = MAY_CHANGE | {"threads", "parallel.micro_batch_size"}  # what fits a rank is another on others
     for key in sorted(old.keys() | new.keys()):
         if key not in may_change and old.get(key) != new.get(key):
             was, now = (shown(side[key]) if key in side else "not set" for side in (old, new))
