@@ -13,6 +13,7 @@ from fireflyer.checkpoint.run import write_text
 from fireflyer.checkpoint.run_folder import SUMMARY, writing
 from fireflyer.train.settings import Recipe
 
+_STATUS = Path("/proc/self/status")
 RECENT_STEPS = 100
 
 
@@ -64,6 +65,9 @@ def finished_summary(run_dir: Path, recipe: Recipe) -> Summary | None:
 
 def peak_memory_bytes() -> int:
     """The most memory that this process has had resident."""
+    status = _STATUS.read_text(encoding="utf-8", errors="replace") if _STATUS.is_file() else ""
+    if "VmHWM:" in status:  # getrusage's peak begins with that of the process which started this one
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
