@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fireflyer.errors import UserError
+from fireflyer.train.loop import train
 from fireflyer.train.memory import check_memory, run_memory
 from fireflyer.train.recipe import load_recipe
 
@@ -38,3 +39,13 @@ def test_what_cant_fit_is_refused_with_what_would() -> None:
         check_memory(recipe, needed - 1)
     with pytest.raises(UserError, match=r"give a smaller model or seq_len, --set parallel\.recompute=true"):
         check_memory(recipe, 2**28)
+
+
+def test_a_run_that_cant_fit_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fireflyer.train.setup.free_bytes", lambda device: 2**28)
+    recipe = load_recipe(size="3M", overrides=[*RUN, "device=cpu"], sources=["builtin:arithmetic"])
+    with pytest.raises(UserError, match=r"MiB of memory and .* are free: --set parallel\.micro_batch_size="):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -13,14 +13,19 @@ from fireflyer.train.settings import Recipe
 
 def run_memory(recipe: Recipe) -> TrainingMemory:
     """Of the largest batch, on one process. FP8's narrower activations are counted as bf16's: an upper bound."""
+    phases = [recipe] if recipe.extend is None else recipe.extend.phases
+    return max((_memory(recipe, phase.batch_size, phase.seq_len) for phase in phases), key=lambda found: found.total)
+
+
+def _memory(recipe: Recipe, batch_size: int, seq_len: int) -> TrainingMemory:
     parallel = recipe.parallel
-    rows = parallel.micro_batch_size or recipe.batch_size
+    rows = parallel.micro_batch_size or batch_size
     narrow = recipe.dtype == "bf16" or recipe.precision.matmul == "fp8"
     return training_memory(
         recipe.model,
         rows=rows,
-        seq_len=recipe.seq_len,
-        micro_batches=-(-recipe.batch_size // rows),
+        seq_len=seq_len,
+        micro_batches=-(-batch_size // rows),
         recompute=parallel.recompute,
         average=bool(recipe.ema.decay),
         bytes_per_operand=2 if narrow else 4,
@@ -33,8 +38,9 @@ def check_memory(recipe: Recipe, free_bytes: int) -> None:
     if needed.total <= free_bytes:
         return
     text = f"training takes about {show_bytes(needed.total)} of memory and {show_bytes(free_bytes)} are free: "
-    for rows in range((recipe.parallel.micro_batch_size or recipe.batch_size) - 1, 0, -1):
-        if recipe.batch_size % rows:
+    sizes = [recipe.batch_size] if recipe.extend is None else [phase.batch_size for phase in recipe.extend.phases]
+    for rows in range((recipe.parallel.micro_batch_size or min(sizes)) - 1, 0, -1):
+        if any(size % rows for size in sizes):
             continue
         parallel = recipe.parallel.model_copy(update={"micro_batch_size": rows})
         if run_memory(recipe.model_copy(update={"parallel": parallel})).total <= free_bytes:

@@ -22,19 +22,23 @@ from fireflyer.checkpoint.published import open_checkpoint, resolve_checkpoint
 from fireflyer.checkpoint.run import find_checkpoint, remove_leftovers, write_text
 from fireflyer.checkpoint.run_folder import RECIPE, TOKENIZER, writing
 from fireflyer.config import ModelConfig
+from fireflyer.cost.training_memory import PROCESS
 from fireflyer.data.counting import check_enough_data, count_tokens
 from fireflyer.data.held_out import HeldOutRows, held_out_rows
 from fireflyer.data.loader import Loader
 from fireflyer.data.mixture import Mixture, open_sources
 from fireflyer.errors import UserError
 from fireflyer.evaluate.identity import checkpoint_identity
+from fireflyer.infer.paged_cache import free_bytes
 from fireflyer.model.decoder import Decoder, init_weights_
 from fireflyer.parallel.ranks import ALONE, Ranks
 from fireflyer.parallel.stages import PipelineSettings
+from fireflyer.parallel.started import world_size
 from fireflyer.text.tokenizer import Tokenizer
 from fireflyer.train.events import Event, Notice
 from fireflyer.train.extension import ExtendSettings
 from fireflyer.train.lora import attach_adapters, fill_adapters
+from fireflyer.train.memory import check_memory
 from fireflyer.train.objective import Objective
 from fireflyer.train.optimizer import DecoderOptimizer, build_optimizer
 from fireflyer.train.phased_loader import LoaderPhase, PhasedLoader
@@ -117,6 +121,8 @@ def open_inputs(recipe: Recipe, run_dir: Path, stored: Recipe | None, on_event: 
     """
     recipe = choose(recipe if stored is None else take_stored_choices(recipe, stored))
     check_tables(recipe, "pretrain", "extend")
+    if stored is None and recipe.device == "cpu" and world_size() == 1:
+        check_memory(recipe, free_bytes(torch.device("cpu")) + PROCESS)  # this process has its own part already
     mixture = _open_mixture(recipe, recipe.data.sources)
     tokenizer = _open_tokenizer(recipe, run_dir, mixture, on_event)
     if recipe.epochs is not None and recipe.steps is None and recipe.tokens is None:
