@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,7 @@ from fireflyer.train.optimizer import DecoderOptimizer, load_optimizer_tensors, 
 from fireflyer.train.recipe import take_stored_choices
 from fireflyer.train.schedule import bias_speed, learning_rate, mtp_weight, run_steps
 from fireflyer.train.summary import peak_memory_bytes
+from fireflyer.train.threads import use_threads
 
 _OPTIMIZER = "optimizer."
 
@@ -83,7 +83,7 @@ def train_fold(
         return MarketModel.load(run_dir)
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    with RunLock(run_dir), _threads(recipe.train.threads):
+    with RunLock(run_dir), use_threads(recipe.train.threads):
         with writing(run_dir):
             remove_leftovers(run_dir)
             write_text(run_dir / RECIPE, recipe.to_toml())
@@ -283,14 +283,3 @@ def _check_folder(run_dir: Path, record: dict[str, Any]) -> None:
     others = [path.name for path in run_dir.iterdir() if not path.name.startswith(".")] if run_dir.exists() else []
     if others and others != [RECIPE]:
         raise UserError(f"{run_dir} has {others[0]} in it but no {FOLD}: no run to go on with; give a new folder")
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """Run with this many threads: another number sums in another order, and ends in other bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

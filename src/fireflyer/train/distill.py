@@ -29,7 +29,7 @@ from fireflyer.train.environments import Environment, open_environment
 from fireflyer.train.events import Event, Notice
 from fireflyer.train.grpo_run import examine
 from fireflyer.train.lessons import Counts, Lesson, Lessons, advice
-from fireflyer.train.loop import train, use_threads
+from fireflyer.train.loop import train
 from fireflyer.train.objective import Evaluation
 from fireflyer.train.post_training_settings import DistillSettings
 from fireflyer.train.pretraining import Pretraining
@@ -41,6 +41,7 @@ from fireflyer.train.setup import Inputs, check_folder, choose, lay_out
 from fireflyer.train.sft import check_post_training, taught_tokenizer
 from fireflyer.train.summary import Summary, finished_summary
 from fireflyer.train.teacher import ANSWERS, Gathered, Gathering, problem_numbers
+from fireflyer.train.threads import use_threads
 
 KEPT, TEACHER = "kept.jsonl", "teacher.json"
 

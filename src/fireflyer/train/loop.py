@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -58,6 +58,7 @@ from fireflyer.train.setup import (
 )
 from fireflyer.train.snapshot import take_snapshot
 from fireflyer.train.summary import RECENT_STEPS, Summary, finished_summary, peak_memory_bytes, write_summary
+from fireflyer.train.threads import use_threads
 
 T = TypeVar("T")
 
@@ -390,14 +391,3 @@ def expert_row(counts: dict[int, Tensor], gate_biases: list[tuple[int, Tensor]])
         "load": {str(layer): [round(x, 3) for x in share.tolist()] for layer, share in shares.items()},
         "bias": {str(layer): [round(x, 5) for x in bias.tolist()] for layer, bias in gate_biases},
     }
-
-
-@contextmanager
-def use_threads(number: int) -> Iterator[None]:
-    """Run with this many threads: another number sums in another order, and ends in other bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
