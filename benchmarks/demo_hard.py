@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 from typing import Any
 
-from benchmarks._result import ROOT, Proof, Table
+from benchmarks._demos import run_demos
+from benchmarks._result import Proof, Table
 
 SEEDS = (0, 1)
 ACCURACY, TRAIN_S = 0.95, 1200
@@ -16,18 +13,7 @@ ACCURACY, TRAIN_S = 0.95, 1200
 
 def main() -> Proof:
     """Two demos, one after the other; the first one's receipt is the docs' output."""
-    summaries, shown = [], ""
-    for seed in SEEDS:
-        with tempfile.TemporaryDirectory() as folder:
-            text, summary = _demo(seed, folder)
-        summaries.append(summary)
-        shown = shown or text.replace(folder, "runs")
-    missed = []
-    for seed, summary in zip(SEEDS, summaries, strict=True):
-        if summary["accuracy"] < ACCURACY:
-            missed.append(f"seed {seed}: {ACCURACY:.0%} of held-out problems right: {summary['accuracy']:.1%}")
-        if summary["train_s"] > TRAIN_S:
-            missed.append(f"seed {seed}: training under {TRAIN_S} s: {summary['train_s']:.0f} s")
+    summaries, shown, missed = run_demos(SEEDS, "demo-hard", ("--hard",), accuracy=ACCURACY, train_s=TRAIN_S)
     figures = {
         "seeds": summaries,
         "accuracy_min": min(s["accuracy"] for s in summaries),
@@ -36,14 +22,6 @@ def main() -> Proof:
     }
     outputs = {"receipt": shown[shown.index("\n\n") + 2 :]}
     return Proof(figures, {"kinds": _kinds(summaries)}, outputs, missed)
-
-
-def _demo(seed: int, folder: str) -> tuple[str, dict[str, Any]]:
-    """What the command prints, and the summary it leaves."""
-    command = [sys.executable, "-m", "fireflyer", "demo", "--hard", "--seed", str(seed), "--run", f"{folder}/demo-hard"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    with open(f"{folder}/demo-hard/summary.json", encoding="utf-8") as file:
-        return done.stdout, json.load(file)
 
 
 def _kinds(summaries: list[dict[str, Any]]) -> Table:
